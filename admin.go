@@ -191,16 +191,6 @@ func (r *pageRequest) nextPageURL(after string) string {
 	return r.http.URL.Path + "?" + q.Encode()
 }
 
-// checkChoice returns an error unless the value of a parameter is one of those allowed.
-func checkChoice(name, value string, allowed ...string) error {
-	if slices.Contains(allowed, value) {
-		return nil
-	}
-	last := len(allowed) - 1
-	choices := strings.Join(allowed[:last], ", ") + " or " + allowed[last]
-	return badRequest("invalid_value", name, name+" must be "+choices+".")
-}
-
 // hasRole reports whether the actor's role is at least minRole.
 func (r *pageRequest) hasRole(minRole role) bool { return r.actor.role.rank() >= minRole.rank() }
 

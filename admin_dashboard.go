@@ -24,7 +24,8 @@ const (
 	maxLastMinuteCalls = 100_000 // that are counted
 	maxExpiringTokens  = 1000    // that are read
 	maxAlertsPerKind   = 5
-	maxNamedSeries     = 6  // of a chart; the others are added up in one
+	maxShownAlerts     = 3  // at once
+	maxNamedSeries     = 8  // of a chart, as many as there are colors; the others are added up in one
 	rankingSize        = 10 // rows
 	nearLimitFraction  = 0.8
 	lowDiskBytes       = 1 << 30
@@ -114,6 +115,7 @@ type dashData struct {
 	tierPoints         []usageRow // by step and service tier
 	valuePoints        []usageRow // by step and value, of the attribute that is grouped by; without the rest
 	byProject          []usageSeries
+	named              []string     // the values that charts consist of, in the order of their colors
 	projects           []usageShare // all that made calls, largest first
 	tokens             []usageShare // largest first
 	sampledCalls       int          // tokens has only this many of the latest calls; 0: all calls
@@ -238,8 +240,8 @@ func (d *dashData) readTokens(ctx context.Context, s *store, q *dashQuery) (err 
 type dashView struct {
 	Periods, Projects, Groups, Metrics []option
 	Period, Project, GroupBy, Metric   string
-	Running, LastMinute                string
 	Alerts                             []dashAlert
+	ShownAlerts                        int // before those that are folded away
 	Tiles                              []tile
 	Since, PreviousFrom, PreviousTo    timestamp
 	Until                              *timestamp  // nil: now
@@ -268,10 +270,6 @@ type dashAlert struct {
 	FreeBytes, DatabaseBytes int64
 }
 
-// A tile is one number beside that of the period before. Level is good, bad or "".
-// Calls leads to the calls of the period, Link to those that More is about.
-type tile struct{ Label, Value, More, Calls, Link, Change, Previous, Level string }
-
 // A rankingTable lists the largest, each with a bar.
 type rankingTable struct {
 	Title   string
@@ -283,6 +281,7 @@ type rankingTable struct {
 
 type rankingRow struct {
 	Name, Label, Link string
+	Class             string // of the bar: the color of a series, if a chart of the page has one
 	Bar               coordinate
 	Value, Share      string
 	Amounts           string // calls, tokens and cost
@@ -301,16 +300,8 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 		Metrics: options("calls", "Calls", "tokens", "Tokens", "cost", "Cost"),
 		Groups:  d.groups(q),
 		Since:   timestamp(q.from), PreviousFrom: timestamp(q.prevFrom), PreviousTo: timestamp(q.prevTo),
-		Tiles: d.tiles(), Charts: d.charts(q), Rankings: d.rankings(q),
+		Tiles: append(d.tiles(q), ui.runningTile(q, d)), Charts: d.charts(q), Rankings: d.rankings(q),
 		Cache: d.cacheFigure(q, responseCacheKind()), PromptCache: d.cacheFigure(q, promptCacheKind())}
-	v.Tiles[0].Link = q.callsURL("cause", string(errorClassPolicy))
-	v.Tiles[3].Link = q.callsURL("outcome", failedOutcomes)
-	if d.total.unpriced > 0 {
-		v.Tiles[2].Link = q.callsURL("cost", "none")
-	}
-	for i := range v.Tiles {
-		v.Tiles[i].Calls = q.callsURL("", "")
-	}
 	if v.Projects, err = ui.projectOptions(r, q.projectID); err != nil {
 		return nil, err
 	}
@@ -326,17 +317,8 @@ func (ui *adminUI) dashboardPage(r *pageRequest) (*pageResponse, error) {
 	if q.to <= q.now {
 		v.Until = new(timestamp(q.to))
 	}
-	running := int64(0)
-	for _, c := range ui.running.admittedCalls(ui.started) {
-		if q.projectID == "" || c.ProjectID == q.projectID {
-			running++
-		}
-	}
-	v.Running = groupDigits(running)
-	if v.LastMinute = groupDigits(d.lastMinuteCalls); d.lastMinuteCalls >= maxLastMinuteCalls {
-		v.LastMinute += "+"
-	}
 	v.Alerts, err = ui.dashAlerts(r, q, d)
+	v.ShownAlerts = min(len(v.Alerts), maxShownAlerts)
 	return showPage("dashboard", "Dashboard", v), err
 }
 
@@ -371,70 +353,62 @@ func errorPercent(h *hourSum) float64 {
 }
 
 // tiles returns the totals of the period beside those of the period before.
-func (d *dashData) tiles() []tile {
+func (d *dashData) tiles(q *dashQuery) []tile {
 	now, was := &d.total, d.previous
-	count := func(label string, now, was int64, u chartUnit, more string) tile {
-		return tile{Label: label, Value: u.format(float64(now)), More: more, Previous: u.format(float64(was)),
-			Change: formatPercentChange(float64(now), float64(was))}
+	count := func(label string, u chartUnit, value func(*hourSum) int64, details ...tileDetail) tile {
+		a, b := float64(value(now)), float64(value(was))
+		return tile{Label: label, Value: u.figure(a), Details: details, Previous: new(u.figure(b)),
+			Change: formatPercentChange(a, b),
+			Course: d.course(q, func(h *hourSum) float64 { return float64(value(h)) })}
 	}
-	priced := "all calls are priced"
-	if now.unpriced > 0 {
-		priced = pluralize(now.unpriced, "call", "calls") + " without a price"
+	detail := func(n int64, text, link string) tileDetail {
+		return tileDetail{unitCount.figure(float64(n)), text, link}
 	}
-	inOut := groupDigits(now.input) + " in, " + groupDigits(now.output) + " out"
-	tiles := []tile{
-		count("Calls", now.calls, was.calls, unitCount, groupDigits(now.errors[1])+" refused by policy, "+
-			pluralize(d.cacheSum().clientRetries, "retry", "retries")+" of clients"),
-		count("Tokens", now.totals().tokens, was.totals().tokens, unitCount, inOut),
-		count("Cost", now.cost, was.cost, unitMoney, priced),
-		errorTile(now, was),
-		latencyTile("Time to first byte", &now.firstByteLatency, &was.firstByteLatency),
-		latencyTile("Total time", &now.totalLatency, &was.totalLatency),
+	calls := count("Calls", unitCount, func(h *hourSum) int64 { return h.calls },
+		detail(now.errors[1], "refused by policy", q.callsURL("cause", string(errorClassPolicy))))
+	if n := d.cacheSum().clientRetries; n > 0 {
+		calls.Details = append(calls.Details, detail(n, "retries of clients", ""))
+	}
+	cost := count("Cost", unitMoney, func(h *hourSum) int64 { return h.cost })
+	if cost.Details = []tileDetail{{Text: "all calls have a price"}}; now.unpriced > 0 {
+		cost.Details = []tileDetail{detail(now.unpriced, "without a price", q.callsURL("cost", "none"))}
+	}
+	tiles := []tile{cost, calls,
+		count("Tokens", unitCount, func(h *hourSum) int64 { return h.totals().tokens }, detail(now.input, "in", ""),
+			detail(now.output, "out", "")),
+		d.errorTile(q),
+		d.latencyTile(q, "Time to first byte", func(h *hourSum) *latencyHistogram { return &h.firstByteLatency }),
+		d.latencyTile(q, "Total time", func(h *hourSum) *latencyHistogram { return &h.totalLatency }),
 	}
 	for i := range tiles {
-		if was.calls == 0 {
-			tiles[i].Previous = ""
+		if tiles[i].Link = cmp.Or(tiles[i].Link, q.callsURL("", "")); was.calls == 0 {
+			tiles[i].Previous = nil
 		}
 	}
 	return tiles
 }
 
-func errorTile(now, was *hourSum) tile {
-	failed, before := errorPercent(now), errorPercent(was)
-	t := tile{Label: "Errors", Value: percent(failed), Previous: percent(before),
-		More: pluralize(totalErrors(now), "call", "calls")}
-	if was.calls > 0 && now.calls > 0 {
-		t.Change, t.Level = formatPointChange(failed-before), changeLevel(failed, before, 0.5)
+// runningTile counts the calls that run now.
+func (ui *adminUI) runningTile(q *dashQuery, d *dashData) tile {
+	running := 0
+	for _, c := range ui.running.admittedCalls(ui.started) {
+		if q.includes(c.ProjectID) {
+			running++
+		}
 	}
-	return t
-}
-
-func latencyTile(label string, now, was *latencyHistogram) tile {
-	median, p95, before := now.quantile(0.5), now.quantile(0.95), was.quantile(0.5)
-	t := tile{Label: label, Value: unitMillis.format(median), More: "median; p95 " + unitMillis.format(p95),
-		Previous: unitMillis.format(before)}
-	if median > 0 && before > 0 && !math.IsInf(median+before, 0) {
-		t.Change, t.Level = formatPercentChange(median, before), changeLevel(median, before, before*0.1)
+	recent := tileDetail{Figure: unitCount.figure(float64(d.lastMinuteCalls)), Text: "in the last minute"}
+	if d.lastMinuteCalls >= maxLastMinuteCalls {
+		recent.Text = "or more " + recent.Text
 	}
-	return t
-}
-
-// changeLevel judges the change of a number that should be small; changes up to slack are neutral.
-func changeLevel(now, was, slack float64) string {
-	switch {
-	case now > was+slack:
-		return "bad"
-	case now < was-slack:
-		return "good"
-	}
-	return ""
+	return tile{Label: "Running now", Value: unitCount.figure(float64(running)), Link: "/admin/streams",
+		Details: []tileDetail{recent}}
 }
 
 // rankings returns the largest projects, tokens, models and endpoints.
 func (d *dashData) rankings(q *dashQuery) (tables []rankingTable) {
 	whole := q.valueOf(d.total.totals())
 	if q.projectSeq == 0 {
-		tables = append(tables, q.ranking("Projects", d.projects, whole))
+		tables = append(tables, d.ranking(q, "Projects", d.projects, whole))
 	}
 	ofTokens := whole
 	if d.sampledCalls > 0 {
@@ -443,14 +417,14 @@ func (d *dashData) rankings(q *dashQuery) (tables []rankingTable) {
 			ofTokens += q.valueOf(t.usageTotals)
 		}
 	}
-	tokens := q.ranking("Tokens", d.tokens, ofTokens)
+	tokens := d.ranking(q, "Tokens", d.tokens, ofTokens)
 	tokens.Sampled = int64(d.sampledCalls)
-	tables = append(tables, tokens, q.ranking("Models", d.usageByModel(q), whole),
-		q.ranking("Endpoints", d.endpoints, whole))
+	tables = append(tables, tokens, d.ranking(q, "Models", d.usageByModel(q), whole),
+		d.ranking(q, "Endpoints", d.endpoints, whole))
 	return append(tables, d.attributeRankings(q, whole)...)
 }
 
-func (q *dashQuery) ranking(title string, shares []usageShare, whole float64) rankingTable {
+func (d *dashData) ranking(q *dashQuery, title string, shares []usageShare, whole float64) rankingTable {
 	t := rankingTable{Title: title, More: int64(max(0, len(shares)-rankingSize))}
 	for _, v := range shares[:min(len(shares), rankingSize)] {
 		value := q.valueOf(v.usageTotals)
@@ -460,7 +434,7 @@ func (q *dashQuery) ranking(title string, shares []usageShare, whole float64) ra
 		row := rankingRow{Name: v.name, Label: v.label, Link: q.rankingLink(title, &v), Value: q.unit().format(value),
 			Amounts: pluralize(v.calls, "call", "calls") + ", " + pluralize(v.tokens, "token", "tokens") + ", " +
 				formatMoney(v.cost),
-			Bar: barWidth(value, q.valueOf(shares[0].usageTotals))}
+			Class: d.barClass(q, title, v.id), Bar: barWidth(value, q.valueOf(shares[0].usageTotals))}
 		if whole > 0 {
 			row.Share = percent(100 * value / whole)
 		}
@@ -470,6 +444,15 @@ func (q *dashQuery) ranking(title string, shares []usageShare, whole float64) ra
 		t.Rows = append(t.Rows, row)
 	}
 	return t
+}
+
+// barClass returns the color of a row: that of its series if the charts consist of such values, otherwise a plain one.
+func (d *dashData) barClass(q *dashQuery, title, id string) string {
+	of := map[string]string{"project": "Projects", "model": "Models", "service_tier": "Service tiers"}
+	if title == cmp.Or(of[q.groupBy], attributeTitle(q.groupBy)) {
+		return d.seriesClass(id)
+	}
+	return "plain"
 }
 
 // callsURL returns the list of the calls that the dashboard covers and that match a filter; "" for all.

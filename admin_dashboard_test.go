@@ -17,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -260,7 +261,7 @@ func chartCases(t *testing.T) map[string]string {
 	money.series[0].values[5], money.series[0].values[23] = 123_456_789, 900_000
 	lines := &timeChart{label: "Time", unit: unitMillis, start: chartDay, stepMS: 6 * hourMS, steps: 6, lineChart: true,
 		series: []chartSeries{
-			{"p50", "k1", []float64{120, 130, nan, 90.5, nan, 200}}, {"p95", "k2",
+			{"p50", "p50", []float64{120, 130, nan, 90.5, nan, 200}}, {"p95", "p95",
 				[]float64{900, 1300, nan, math.Inf(1), nan, 2100}}}}
 	hostile := &timeChart{label: `"><script>alert(1)</script>`, start: chartDay, stepMS: dayMS, steps: 1,
 		series: []chartSeries{
@@ -272,17 +273,18 @@ func chartCases(t *testing.T) map[string]string {
 	none := &timeChart{label: "No series", unit: unitMoney, start: chartDay, stepMS: dayMS, steps: 1}
 	single := &timeChart{label: "One point", unit: unitMillis, start: chartDay, stepMS: hourMS, steps: 1,
 		lineChart: true,
-		series:    []chartSeries{{"p50", "k1", []float64{250}}}}
+		series:    []chartSeries{{"p50", "p50", []float64{250}}}}
 	bar := newDurationBar(durationPart{Name: "to the first byte", Class: "k1", us: 240_000},
-		durationPart{Name: "nothing", Class: "k2"},
-		durationPart{Name: "the answer <b>", Class: "k4", us: 1_760_000})
+		durationPart{Name: "nothing", Class: "e2"},
+		durationPart{Name: "the answer <b>", Class: "k2", us: 1_760_000})
+	shareBar := func(width coordinate) string { return render("share-bar", []any{"plain", width}) }
 	return map[string]string{
 		"stacked": draw(calls), "money": draw(money), "lines": draw(lines), "hostile": draw(hostile),
 		"huge":  draw(huge),
 		"empty": draw(empty), "none": draw(none), "single": draw(single),
-		"bars": render("share-bar", barWidth(1, 3)) + render("share-bar", barWidth(0, 0)) +
-			render("share-bar", barWidth(5, 3)) +
-			render("share-bar", barWidth(1e-9, 1)),
+		"bars": shareBar(barWidth(1, 3)) + shareBar(barWidth(0, 0)) +
+			shareBar(barWidth(5, 3)) +
+			shareBar(barWidth(1e-9, 1)),
 		"span": render("duration-bar", bar) + render("duration-bar", newDurationBar()),
 	}
 }
@@ -394,14 +396,14 @@ func TestTicks(t *testing.T) {
 		{unitCount, 7, "0 2 4 6 8"},
 		{unitCount, 100, "0 20 40 60 80 100"},
 		{unitCount, 101, "0 50 100 150"},
-		{unitCount, 12_345, "0 5k 10k 15k"},
-		{unitCount, 3_400_000, "0 1M 2M 3M 4M"},
-		{unitCount, 9.2e18, "0 2000000T 4000000T 6000000T 8000000T 10000000T"},
+		{unitCount, 12_345, "0 5\u00a0K 10\u00a0K 15\u00a0K"},
+		{unitCount, 3_400_000, "0 1\u00a0M 2\u00a0M 3\u00a0M 4\u00a0M"},
+		{unitCount, 9.2e18, "0 2,000\u00a0Q 4,000\u00a0Q 6,000\u00a0Q 8,000\u00a0Q 10,000\u00a0Q"},
 		{unitMoney, 0, "$0 $0.20 $0.40 $0.60 $0.80 $1"},
 		{unitMoney, 3e9, "$0 $1 $2 $3"},
 		{unitMoney, 2e8, "$0 $0.05 $0.10 $0.15 $0.20"},
 		{unitMoney, 1.2e6, "$0 $0.0005 $0.001 $0.0015"},
-		{unitMoney, 4.2e12, "$0 $1k $2k $3k $4k $5k"},
+		{unitMoney, 4.2e12, "$0 $1,000 $2,000 $3,000 $4,000 $5,000"},
 		{unitMillis, 900, "0 ms 200 ms 400 ms 600 ms 800 ms 1 s"},
 		{unitMillis, 4_000, "0 ms 1 s 2 s 3 s 4 s"},
 		{unitMillis, 63_000, "0 ms 20 s 40 s 60 s 80 s"},
@@ -411,12 +413,273 @@ func TestTicks(t *testing.T) {
 		step, n := c.unit.ticks(c.highest)
 		var labels []string
 		for i := range n + 1 {
-			labels = append(labels, c.unit.formatShort(step*float64(i)))
+			labels = append(labels, c.unit.compact(step*float64(i), step*float64(n)))
 		}
 		if got := strings.Join(labels, " "); got != c.want {
 			t.Errorf("%v up to %v: %s, want %s", c.unit, c.highest, got, c.want)
 		}
 	}
+}
+
+// TestCompactNumbers: numbers in tiles and on axes have at most four digits, and numbers of an axis the same suffix.
+func TestCompactNumbers(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		unit        chartUnit
+		v           float64
+		want, exact string
+	}{
+		{unitCount, 0, "0", "0"}, {unitCount, 9999, "9,999", "9,999"}, {unitCount, 10_000, "10 K", "10,000"},
+		{unitCount, 12_345, "12.3 K", "12,345"}, {unitCount, 999_499, "999 K", "999,499"},
+		{unitCount, 999_950, "1 M", "999,950"}, {unitCount, 1_747_497, "1.75 M", "1,747,497"},
+		{unitCount, 2e9, "2 B", "2,000,000,000"}, {unitCount, 3.21e12, "3.21 T", "3,210,000,000,000"},
+		{unitCount, math.MaxInt64, "9,223 Q", "9,223,372,036,854,775,807"},
+		{unitMoney, 0, "$0.00", "$0.00"}, {unitMoney, 4_200_000, "$0.0042", "$0.0042"},
+		{unitMoney, 1.72e9, "$1.72", "$1.72"}, {unitMoney, 5e9, "$5.00", "$5.00"},
+		{unitMoney, 1_234.5e9, "$1,234.50", "$1,234.50"},
+		{unitMoney, 12_345.6e9, "$12.3 K", "$12,345.60"}, {unitMoney, 9.2e18, "$9.2 B", "$9,200,000,000.00"},
+		{unitMillis, 257, "257 ms", "257 ms"}, {unitMillis, 4_200, "4.2 s", "4.2 s"}, {unitMillis, -1, "–", "–"},
+		{unitCount, math.NaN(), "–", "–"},
+	} {
+		got := c.unit.figure(c.v)
+		if got.Short = strings.ReplaceAll(got.Short, "\u00a0", " "); got != (figure{c.want, c.exact}) {
+			t.Errorf("%v of unit %d: %+v, want %q", c.v, c.unit, got, c.want)
+		}
+	}
+	if got := unitCount.compact(500, 2e6) + unitMoney.compact(5e11, 2e13); got != "0.0005\u00a0M$0.5\u00a0K" {
+		t.Errorf("beside larger numbers: %s", got)
+	}
+}
+
+// TestTimeLabels: below a chart are at most seven labels, of full hours, days, Mondays or months, that do not overlap.
+func TestTimeLabels(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		start, step int64
+		steps       int
+		want        string
+	}{
+		{chartDay + 7*hourMS, hourMS, 24, "08:00 12:00 16:00 20:00 5 Oct 04:00"},
+		{chartDay, hourMS, 3, "4 Oct 01:00 02:00"},
+		{chartDay, hourMS, 48, "4 Oct 12:00 5 Oct 12:00"},
+		{chartDay, 6 * hourMS, 28, "4 Oct 5 Oct 6 Oct 7 Oct 8 Oct 9 Oct 10 Oct"},
+		{chartDay, 6 * hourMS, 56, "4 Oct 6 Oct 8 Oct 10 Oct 12 Oct 14 Oct 16 Oct"},
+		{chartDay, dayMS, 30, "7 Oct 14 Oct 21 Oct 28 Oct"},
+		{chartDay, dayMS, 90, "14 Oct 28 Oct 11 Nov 25 Nov 9 Dec 23 Dec"},
+		{chartDay, dayMS, 180, "Nov Dec Jan 2025 Feb Mar Apr"},
+		{chartDay, dayMS, 366, "Nov Jan 2025 Mar May Jul Sep"},
+	} {
+		chart := &timeChart{start: c.start, stepMS: c.step, steps: c.steps}
+		labels := chart.timeLabels()
+		var texts []string
+		for i, l := range labels {
+			if texts = append(texts, l.Text); i > 0 && l.X-labels[i-1].X < 12 {
+				t.Errorf("%+v: %q and %q are too close", c, labels[i-1].Text, l.Text)
+			}
+		}
+		if got := strings.Join(texts, " "); got != c.want {
+			t.Errorf("%d steps of %d hours: %s, want %s", c.steps, c.step/hourMS, got, c.want)
+		}
+	}
+}
+
+// styleColors returns a variable of the style sheet in light and in dark mode, in linear light.
+func styleColors(t *testing.T, css, name string) (light, dark [3]float64) {
+	t.Helper()
+	m := regexp.MustCompile(`--` + name + `: light-dark\(#(\w{6}), #(\w{6})\)`).FindStringSubmatch(css)
+	if m == nil {
+		t.Fatalf("the style sheet has no color %s", name)
+	}
+	for i, out := range []*[3]float64{&light, &dark} {
+		n, err := strconv.ParseUint(m[i+1], 16, 32)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for k := range out {
+			v := float64(n>>(16-8*k)&0xff) / 255
+			if out[k] = v / 12.92; v > 0.04045 {
+				out[k] = math.Pow((v+0.055)/1.055, 2.4)
+			}
+		}
+	}
+	return light, dark
+}
+
+// contrastOf returns the contrast of two colors as WCAG defines it.
+func contrastOf(a, b [3]float64) float64 {
+	luminance := func(c [3]float64) float64 { return 0.2126*c[0] + 0.7152*c[1] + 0.0722*c[2] + 0.05 }
+	return max(luminance(a)/luminance(b), luminance(b)/luminance(a))
+}
+
+// seenDistance returns the distance of two colors in OKLab: the smallest for eyes that see all colors, no red, no green
+// or no blue (Machado, Oliveira and Fernandes, 2009).
+func seenDistance(a, b [3]float64) float64 {
+	times := func(m [3][3]float64, c [3]float64) (out [3]float64) {
+		for i := range m {
+			out[i] = m[i][0]*c[0] + m[i][1]*c[1] + m[i][2]*c[2]
+		}
+		return out
+	}
+	lab := func(c [3]float64) [3]float64 {
+		c = times([3][3]float64{{0.41222, 0.53633, 0.05145}, {0.21190, 0.68070, 0.10740},
+			{0.08830, 0.28172, 0.62998}}, c)
+		for i := range c {
+			c[i] = math.Cbrt(c[i])
+		}
+		return times([3][3]float64{{0.21045, 0.79362, -0.00407}, {1.97800, -2.42859, 0.45059},
+			{0.02590, 0.78277, -0.80868}}, c)
+	}
+	least := math.Inf(1)
+	for _, eyes := range [][3][3]float64{
+		{{1, 0, 0}, {0, 1, 0}, {0, 0, 1}},
+		{{0.152286, 1.052583, -0.204868}, {0.114503, 0.786281, 0.099216}, {-0.003882, -0.048116, 1.051998}},
+		{{0.367322, 0.860646, -0.227968}, {0.280085, 0.672501, 0.047413}, {-0.011820, 0.042940, 0.968881}},
+		{{1.255528, -0.076749, -0.178779}, {-0.078411, 0.930809, 0.147602}, {0.004733, 0.691367, 0.303900}},
+	} {
+		see := func(c [3]float64) [3]float64 {
+			c = times(eyes, c)
+			for i := range c {
+				c[i] = min(1, max(0, c[i]))
+			}
+			return lab(c)
+		}
+		x, y := see(a), see(b)
+		least = min(least, math.Hypot(math.Hypot(x[0]-y[0], x[1]-y[1]), x[2]-y[2]))
+	}
+	return least
+}
+
+// TestChartColors: color-blind people can tell the series of a chart apart, and all stand out from the ground, in light
+// and dark mode.
+func TestChartColors(t *testing.T) {
+	t.Parallel()
+	css := mustReadFile(t, "templates/static/admin.css")
+	groups := [][]string{{"k0"}, {"e1", "e2", "e3", "e4"}, {"text", "soft"}}
+	for i := range maxNamedSeries {
+		groups[0] = append(groups[0], fmt.Sprint("k", i+1))
+	}
+	for _, names := range groups {
+		for i, name := range names {
+			light, dark := styleColors(t, css, name)
+			for _, ground := range []string{"ground", "raised"} {
+				groundLight, groundDark := styleColors(t, css, ground)
+				if a, b := contrastOf(light, groundLight), contrastOf(dark, groundDark); a < 3 || b < 3 {
+					t.Errorf("%s on %s: contrast %.2f in light mode, %.2f in dark mode", name, ground, a, b)
+				}
+			}
+			for _, other := range names[:i] {
+				otherLight, otherDark := styleColors(t, css, other)
+				if a, b := seenDistance(light, otherLight), seenDistance(dark, otherDark); min(a, b) < 0.08 {
+					t.Errorf("%s and %s: distance %.3f in light mode, %.3f in dark mode", name, other, a, b)
+				}
+			}
+		}
+	}
+	if !strings.Contains(css, fmt.Sprintf(".k%d {", maxNamedSeries)) {
+		t.Error("there are fewer colors than series")
+	}
+}
+
+// TestLayoutStyles: the style sheet has its sizes of text, distances and colors in one place, and uses only these.
+func TestLayoutStyles(t *testing.T) {
+	t.Parallel()
+	_, rules, ok := strings.Cut(mustReadFile(t, "templates/static/admin.css"), "\n}\n")
+	if !ok {
+		t.Fatal("the style sheet does not begin with its variables")
+	}
+	rules = regexp.MustCompile(`(?s)/\*.*?\*/|@keyframes[^\n]*`).ReplaceAllString(rules, "")
+	distance := `(?:0|auto|-?[12]px|10vh|\d+%|var\(--s\d+\)|calc\(-1 \* var\(--s\d+\)\))`
+	allowed := map[string]*regexp.Regexp{
+		"font-size": regexp.MustCompile(`^(?:var\(--t[1-6]\)|inherit|11px)$`), // 11px: in charts
+		"font":      regexp.MustCompile(`^(?:inherit|var\(--t3\)/.*)$`),
+		"padding":   regexp.MustCompile(`^` + distance + `(?: ` + distance + `)*$`),
+	}
+	allowed["margin"], allowed["gap"] = allowed["padding"], allowed["padding"]
+	seen, side := 0, regexp.MustCompile(`-(?:top|right|bottom|left)$`)
+	for _, m := range regexp.MustCompile(`([a-z-]+): ([^;{}]+);`).FindAllStringSubmatch(rules, -1) {
+		seen++
+		property := side.ReplaceAllString(m[1], "")
+		if re := allowed[property]; re != nil && !re.MatchString(m[2]) {
+			t.Errorf("%q: use the variables --t1 to --t6 for sizes of text, --s1 to --s12 for distances", m[0])
+		}
+		if regexp.MustCompile(`#[0-9a-fA-F]{3,8}\b|\brgb|\bhsl`).MatchString(m[2]) {
+			t.Errorf("%q: use a variable for the color", m[0])
+		}
+	}
+	if seen < 300 {
+		t.Errorf("only %d properties were found", seen)
+	}
+}
+
+// TestSeriesColors: a project or model has the same color in all charts, legends and lists of a page, whatever its
+// rank in them.
+func TestSeriesColors(t *testing.T) {
+	t.Parallel()
+	u := newUsageTest(t)
+	b := u.signIn(u.adminKey)
+	entry := regexp.MustCompile(`<li><svg[^>]*><rect class="(\w+)"[^>]*/></svg>(?:<a [^>]*>)?([^<]+)`)
+	row := regexp.MustCompile(`<th scope="row"><span>(?:<a [^>]*>)?([^<]+)(?:</a>)?</span>` +
+		`<svg[^>]*><rect class="(\w+)"`)
+	var project string
+	for _, project = range u.projects {
+		break
+	}
+	for path, legends := range map[string]int{"/admin/projects/" + project: 2,
+		"/admin/dashboard?period=30d&by=model": 1, "/admin/dashboard?period=30d&by=project&measure=cost": 1} {
+		page := b.get(path).body
+		colors, shared := map[string]string{}, 0
+		check := func(name, class string) {
+			if was := colors[name]; was != "" {
+				if shared++; was != class {
+					t.Errorf("%s: %s is %s and %s", path, name, was, class)
+				}
+			}
+			colors[name] = class
+			if isRest := name == "all others"; isRest != (class == "k0") {
+				t.Errorf("%s: %s is %s", path, name, class)
+			}
+		}
+		found := 0
+		for _, section := range strings.Split(page, "<section")[1:] {
+			if strings.Contains(section, `class="line`) || strings.Contains(section, "Errors by cause") {
+				continue
+			}
+			if !strings.Contains(section, `class="legend"`) {
+				for _, m := range row.FindAllStringSubmatch(section, -1) {
+					if m[2] != "plain" && m[2] != "k0" {
+						check(m[1], m[2])
+					}
+				}
+				continue
+			}
+			found++
+			for _, m := range entry.FindAllStringSubmatch(section, -1) {
+				check(m[2], m[1])
+			}
+		}
+		if found != legends || shared < 2 {
+			t.Errorf("%s: %d legends, %d names that occur again: %v", path, found, shared, colors)
+		}
+	}
+	// The rank in a chart differs from the color.
+	d := &dashData{steps: make([]hourSum, 1), modelPoints: []usageRow{modelUse("cheap", 90, 10),
+		modelUse("dear", 10, 95), modelUse("small", 5, 5)}}
+	q := &dashQuery{dashPeriod: dashPeriod{to: dayMS, stepMS: dayMS, grain: "day"}, groupBy: "model"}
+	d.nameSeries(q, "calls", "cost")
+	for _, q.metric = range []string{"calls", "cost"} {
+		var got strings.Builder
+		for _, s := range d.usageChart(q, q.metric).Series {
+			got.WriteString(s.Name + " " + s.Class + ", ")
+		}
+		if got.String() != "dear k1, cheap k2, small k3, " {
+			t.Errorf("%s: %s", q.metric, got.String())
+		}
+	}
+}
+
+// modelUse is the usage of a model at the start of a period.
+func modelUse(model string, calls, cost int64) usageRow {
+	return usageRow{usageKey{usageLabels: usageLabels{model: model}}, usageSum{calls: calls, cost: cost}}
 }
 
 // BenchmarkScaleAdmin pages through lists and opens single pages. Most tokens never expire and

@@ -690,7 +690,7 @@ func TestPricesPages(t *testing.T) {
 	}
 	page := expect("/admin/prices", "Models without a price", "no/price+1 1 1 9 3 Set a price")
 	calls := html.UnescapeString(between(b.get("/admin/dashboard").body, `<dd class="soft"><a href="`,
-		`">1 call without a price</a>`))
+		`">1 without a price</a>`))
 	calls = calls[strings.LastIndex(calls, `"`)+1:]
 	if !strings.Contains(calls, "cost=none") || !strings.Contains(pageText(t, b.get(calls).body), "no/price+1") {
 		t.Errorf("the dashboard leads to %q, not to the calls without a price", calls)

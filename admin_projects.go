@@ -688,6 +688,7 @@ func (ui *adminUI) projectCharts(r *pageRequest, project string) (charts []chart
 	if err := d.readUsage(r.ctx, ui.store, q); err != nil {
 		return nil, err
 	}
+	d.nameSeries(q, "calls", "cost")
 	for _, q.metric = range []string{"calls", "cost"} {
 		charts = append(charts, d.usageChart(q, q.metric))
 	}

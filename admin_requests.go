@@ -330,13 +330,13 @@ func durationBar(v *requestView) []durationPart {
 	}
 	failed = min(failed, rest)
 	rest -= failed
-	failures := durationPart{Name: "failed attempts", Class: "k6", us: failed}
+	failures := durationPart{Name: "failed attempts", Class: "e2", us: failed}
 	if v.nullFirstByteUS == nil {
-		return newDurationBar(failures, durationPart{Name: "no response byte", Class: "k2", us: rest})
+		return newDurationBar(failures, durationPart{Name: "no response byte", Class: "k3", us: rest})
 	}
 	wait := max(0, min(*v.nullFirstByteUS-failed, rest))
 	return newDurationBar(failures, durationPart{Name: "to the first byte", Class: "k1", us: wait},
-		durationPart{Name: "the response", Class: "k4", us: rest - wait})
+		durationPart{Name: "the response", Class: "k2", us: rest - wait})
 }
 
 // attributeShares is what the largest values of an attribute have.
@@ -396,10 +396,10 @@ func attributeTitle(attribute string) string {
 func (d *dashData) attributeRankings(q *dashQuery, whole float64) (tables []rankingTable) {
 	tiers := sharesOf(d.tierSeries(q))
 	if slices.ContainsFunc(tiers, func(v usageShare) bool { return v.id != "" }) {
-		tables = append(tables, q.ranking("Service tiers", tiers, whole))
+		tables = append(tables, d.ranking(q, "Service tiers", tiers, whole))
 	}
 	for _, a := range d.attributes {
-		table := q.ranking(attributeTitle(a.attribute), a.shares, whole)
+		table := d.ranking(q, attributeTitle(a.attribute), a.shares, whole)
 		table.TooMany, table.More = a.tooMany, 0 // it is not known how many there are
 		for i := range table.Rows {
 			table.Rows[i].Link = attributeLink(a.attribute, table.Rows[i].Name, q.projectID)

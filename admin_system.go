@@ -227,16 +227,18 @@ func (ui *adminUI) sessionPage(r *pageRequest) (*pageResponse, error) {
 		v.Rows = append(v.Rows, newRequestListItem(&s.rows[i]))
 	}
 	took := time.Duration(int64(s.LastAt)-int64(s.FirstAt)) * time.Millisecond
-	v.Tiles = []tile{
-		{Label: "Calls", Value: groupDigits(s.Calls), More: "that have ended"},
-		{Label: "Failed", Value: groupDigits(s.FailedCalls), More: "calls with another outcome than ok"},
-		{Label: "Tokens", Value: unitCount.format(float64(s.InputTokens + s.OutputTokens)),
-			More: groupDigits(s.InputTokens) + " in, " + groupDigits(s.OutputTokens) + " out"},
-		{Label: "Cost", Value: unitMoney.format(float64(s.Cost)),
-			More: pluralize(s.UnpricedCalls, "call", "calls") + " without a price"},
-		{Label: "Cached input", Value: percent(100 * s.CachedShare), More: groupDigits(s.CachedTokens) + " tokens"},
-		{Label: "Duration", Value: describeDuration(took), More: "from the first call to the last"},
+	add := func(label string, value figure, n int64, text string) {
+		detail := tileDetail{Figure: unitCount.figure(float64(n)), Text: text}
+		v.Tiles = append(v.Tiles, tile{Label: label, Value: value, Details: []tileDetail{detail}})
 	}
+	add("Calls", unitCount.figure(float64(s.Calls)), s.FailedCalls, "failed")
+	add("Tokens", unitCount.figure(float64(s.InputTokens+s.OutputTokens)), s.InputTokens, "in")
+	v.Tiles[1].Details = append(v.Tiles[1].Details, tileDetail{unitCount.figure(float64(s.OutputTokens)), "out", ""})
+	add("Cost", unitMoney.figure(float64(s.Cost)), s.UnpricedCalls, "without a price")
+	share := percent(100 * s.CachedShare)
+	add("Cached input", figure{share, share}, s.CachedTokens, "tokens")
+	duration := describeDuration(took)
+	v.Tiles = append(v.Tiles, tile{Label: "Duration", Value: figure{duration, duration}})
 	return showPage("session", "Session "+s.Session, v), nil
 }
 

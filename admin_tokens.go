@@ -410,13 +410,14 @@ func (ui *adminUI) addTokenCharts(r *pageRequest, v *tokenPageView) error {
 	if d.total.calls == 0 {
 		return nil
 	}
+	d.nameSeries(q, "calls", "cost")
 	for _, q.metric = range []string{"calls", "cost"} {
 		v.Charts = append(v.Charts, d.usageChart(q, q.metric))
 	}
 	if d.total.cost == 0 {
 		q.metric = "calls"
 	}
-	v.Models = q.ranking("Models", d.usageByModel(q), q.valueOf(d.total.totals()))
+	v.Models = d.ranking(q, "Models", d.usageByModel(q), q.valueOf(d.total.totals()))
 	return nil
 }
 

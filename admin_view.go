@@ -1,10 +1,9 @@
 // This file turns data into HTML: it parses the embedded templates once, serves the static files, has
-// the functions that templates call, says in the words of a form what is wrong with it, and finds the limits that are
-// nearly used up. Templates only format; html/template escapes whatever they print.
+// the functions that templates call, formats the numbers of pages and charts, and says in the words of a form what is
+// wrong with it. Templates only format; html/template escapes whatever they print.
 package main
 
 import (
-	"cmp"
 	"crypto/sha256"
 	"embed"
 	"encoding/hex"
@@ -17,7 +16,6 @@ import (
 	"math"
 	"mime"
 	"net/http"
-	"net/url"
 	"path"
 	"slices"
 	"strconv"
@@ -240,6 +238,115 @@ func formatUSD(v any) (string, error) {
 	return "", fmt.Errorf("%T is no amount of money", v)
 }
 
+// A chartUnit is the unit of a number on a page.
+type chartUnit int
+
+const (
+	unitCount  chartUnit = iota
+	unitMoney            // nano-dollars
+	unitMillis           // milliseconds
+)
+
+// compact returns a number in few characters, as tiles and axes show it: "9,999", "12.3 K", "$1.75 M", "4.2 s". Numbers
+// that are read together get the same suffix: scale is the largest of them.
+func (u chartUnit) compact(v, scale float64) string {
+	if u == unitMillis {
+		return u.format(v)
+	}
+	text, unit := "", 1.0
+	if u == unitMoney {
+		text, unit = "$", 1e9
+	}
+	if !(scale/unit >= 9999.5) || math.IsInf(scale, 0) || v == 0 {
+		return strings.TrimSuffix(u.format(math.Round(v)), ".00")
+	}
+	v, scale = v/unit, scale/unit
+	size, suffix := 1e3, "K"
+	for _, next := range []string{"M", "B", "T", "Q"} {
+		if scale < 999.5*size {
+			break
+		}
+		size, suffix = size*1e3, next
+	}
+	digits := threeDigits(v / size)
+	if v >= 999.5*size {
+		digits = groupDigits(int64(v / size))
+	}
+	return text + digits + "\u00a0" + suffix
+}
+
+// A figure is a number in few characters, and exactly.
+type figure struct{ Short, Exact string }
+
+func (u chartUnit) figure(v float64) figure {
+	f := figure{u.compact(v, v), u.format(v)}
+	if f.Exact == f.Short+".00" { // a tile need not be shorter than that
+		f.Short = f.Exact
+	}
+	return f
+}
+
+// format returns a number as tables show it: exactly, but times with three digits.
+func (u chartUnit) format(v float64) string {
+	switch {
+	case math.IsInf(v, 1) && u == unitMillis:
+		return "over 100 s"
+	case math.IsNaN(v) || math.IsInf(v, 0) || u == unitMillis && v < 0:
+		return "–"
+	case u == unitMillis && v >= 999.5:
+		return threeDigits(v/1000) + " s"
+	case u == unitMillis:
+		return threeDigits(v) + " ms"
+	}
+	n := int64(math.MaxInt64)
+	if v < math.MaxInt64 { // otherwise the conversion has no defined result
+		n = int64(v)
+	}
+	if u == unitMoney {
+		return formatMoney(n)
+	}
+	return groupDigits(n)
+}
+
+// threeDigits returns a number with three significant digits, or all digits before the point.
+func threeDigits(v float64) string {
+	if v >= 999.5 {
+		return strconv.FormatFloat(v, 'f', 0, 64)
+	}
+	return strconv.FormatFloat(v, 'g', 3, 64)
+}
+
+// ticks returns a round step (1, 2 or 5 times a power of ten) and how many steps reach highest:
+// at least two and at most five, or one for a small count.
+func (u chartUnit) ticks(highest float64) (step float64, n int) {
+	if !(highest > 0) || math.IsInf(highest, 0) {
+		highest = 1
+		if u == unitMoney {
+			highest = 1e9
+		}
+	}
+	power := math.Pow(10, math.Floor(math.Log10(highest/4)))
+	for _, f := range []float64{1, 2, 5, 10} {
+		if step = f * power; math.Ceil(highest/step) <= 5 {
+			break
+		}
+	}
+	if u == unitCount && step < 1 {
+		step = 1
+	}
+	return step, max(1, int(math.Ceil(highest/step-1e-9)))
+}
+
+// printable removes the control characters that neither HTML nor XML allows.
+func printable(text string) string {
+	return strings.Map(func(c rune) rune {
+		if c < ' ' && c != '\n' || c == 0x7f || c == 0xfffe || c == 0xffff {
+			return -1
+		}
+		return c
+	}, strings.ToValidUTF8(text, ""))
+}
+
 // formatLongTime formats a number of milliseconds that may be hours.
 func formatLongTime(ms float64) string {
 	if ms < 120_000 {
@@ -455,51 +562,73 @@ func limitWords() *strings.Replacer {
 		"with concurrent,", "with concurrent calls:", "limits with for_each", "limits for each value")
 }
 
-// A dashPeriod is the time that a dashboard covers: whole steps up to the one that has begun, and the period before.
-type dashPeriod struct {
-	name, title      string
-	fromDay, toDay   string // of a range of days, as it was asked for
-	stepMS           int64  // milliseconds
-	from, to         int64  // to is at most the end of the step that has begun
-	prevFrom, prevTo int64  // as much of the period before as has passed of this one
-	grain            string
+// A tile is one number, its change from that of the period before, and its course. Link leads to what it counts. Level
+// is good, bad or "".
+type tile struct {
+	Label         string
+	Value         figure
+	Link          string
+	Details       []tileDetail
+	Change, Level string
+	Previous      *figure
+	Course        *chartLine
 }
 
-// newPeriod returns the period from a time up to another; the one before began at prevFrom.
-func newPeriod(name, title string, now, from, to, prevFrom int64) dashPeriod {
-	p := dashPeriod{name: name, title: title, from: from, prevFrom: prevFrom, stepMS: hourMS, grain: "hour"}
-	switch length := to - from; {
-	case length > 14*dayMS:
-		p.stepMS, p.grain = dayMS, "day"
-	case length > 2*dayMS:
-		p.stepMS = 6 * hourMS
-	}
-	hour := now - now%hourMS + hourMS
-	p.to = min(to, now-now%p.stepMS+p.stepMS)
-	p.prevTo = min(min(to, hour)-(from-prevFrom), from)
-	return p
+// A tileDetail is a line of a tile. Link leads to what it counts.
+type tileDetail struct {
+	Figure     figure
+	Text, Link string
 }
 
-// dashPeriods returns the periods to choose from. Days, weeks and months are those of UTC; weeks start on Monday.
-func dashPeriods(now int64) []dashPeriod {
-	hour, day := now-now%hourMS+hourMS, now-now%dayMS
-	date := time.UnixMilli(now).UTC()
-	month := func(offset int) int64 {
-		return time.Date(date.Year(), date.Month()+time.Month(offset), 1, 0, 0, 0, 0, time.UTC).UnixMilli()
+// course draws a number of each step.
+func (d *dashData) course(q *dashQuery, value func(*hourSum) float64) *chartLine {
+	c, s := timeChart{steps: len(d.steps)}, chartSeries{}
+	for i := range d.steps {
+		s.values = append(s.values, value(&d.steps[i]))
 	}
-	week := day - int64(date.Weekday()+6)%7*dayMS
-	return []dashPeriod{
-		newPeriod("24h", "24 hours", now, hour-dayMS, hour, hour-2*dayMS),
-		newPeriod("7d", "7 days", now, day-6*dayMS, day+dayMS, day-13*dayMS),
-		newPeriod("30d", "30 days", now, day-29*dayMS, day+dayMS, day-59*dayMS),
-		newPeriod("90d", "90 days", now, day-89*dayMS, day+dayMS, day-179*dayMS),
-		newPeriod("today", "Today", now, day, day+dayMS, day-dayMS),
-		newPeriod("yesterday", "Yesterday", now, day-dayMS, day, day-2*dayMS),
-		newPeriod("this-week", "This week", now, week, week+7*dayMS, week-7*dayMS),
-		newPeriod("last-week", "Last week", now, week-7*dayMS, week, week-14*dayMS),
-		newPeriod("this-month", "This month", now, month(0), month(1), month(-1)),
-		newPeriod("last-month", "Last month", now, month(-1), month(0), month(-2)),
+	c.series = []chartSeries{s}
+	_, highest := c.bounds()
+	return new(c.line(s, []float64{0, max(highest, 1)}))
+}
+
+func (d *dashData) errorTile(q *dashQuery) tile {
+	now, was := &d.total, d.previous
+	failed, before := errorPercent(now), errorPercent(was)
+	text, failures := percent(failed), unitCount.figure(float64(totalErrors(now)))
+	failuresURL := q.callsURL("outcome", failedOutcomes)
+	t := tile{Label: "Errors", Value: figure{text, text}, Link: failuresURL,
+		Previous: &figure{percent(before), percent(before)}, Details: []tileDetail{{failures, "failed", failuresURL}},
+		Course: d.course(q, func(h *hourSum) float64 { return float64(totalErrors(h)) })}
+	if was.calls > 0 && now.calls > 0 {
+		t.Change, t.Level = formatPointChange(failed-before), changeLevel(failed, before, 0.5)
 	}
+	return t
+}
+
+func (d *dashData) latencyTile(q *dashQuery, label string, of func(*hourSum) *latencyHistogram) tile {
+	now, was := of(&d.total), of(d.previous)
+	median, before := now.quantile(0.5), was.quantile(0.5)
+	t := tile{Label: label, Value: unitMillis.figure(median),
+		Details: []tileDetail{{Text: "median, p95 " + unitMillis.format(now.quantile(0.95))}},
+		Course:  d.course(q, func(h *hourSum) float64 { return orNaN(of(h).quantile(0.5)) })}
+	if before >= 0 {
+		t.Previous = new(unitMillis.figure(before))
+	}
+	if median > 0 && before > 0 && !math.IsInf(median+before, 0) {
+		t.Change, t.Level = formatPercentChange(median, before), changeLevel(median, before, before*0.1)
+	}
+	return t
+}
+
+// changeLevel judges the change of a number that should be small; changes up to slack are neutral.
+func changeLevel(now, was, slack float64) string {
+	switch {
+	case now > was+slack:
+		return "bad"
+	case now < was-slack:
+		return "good"
+	}
+	return ""
 }
 
 // periodOptions returns the choices of a form.
@@ -510,141 +639,28 @@ func periodOptions(now int64) (list []option) {
 	return list
 }
 
-const (
-	commonPeriods = 5 // of dashPeriods, which forms show first
-	maxRangeDays  = 366
-)
+const commonPeriods = 5 // of dashPeriods, which forms show first
 
-// parsePeriod returns the period with a name or, if a day is given, the range of days, whose last is included. Without
-// one of its days, a range begins a week before its end, or ends today.
-func parsePeriod(now int64, name, from, to string) (dashPeriod, error) {
-	if from == "" && to == "" {
-		names := []string{}
-		for _, p := range dashPeriods(now) {
-			if p.name == name {
-				return p, nil
-			}
-			names = append(names, p.name)
-		}
-		return dashPeriod{}, checkChoice("period", name, names...)
+// A coordinate is a position or a length in a drawing: pixels, percent or a share of a viewBox.
+type coordinate float64
+
+func (v coordinate) String() string { return formatTwoDecimals(float64(v)) }
+
+// formatTwoDecimals returns a number with at most two decimals.
+func formatTwoDecimals(v float64) string {
+	text := strings.TrimRight(strings.TrimRight(strconv.FormatFloat(v, 'f', 2, 64), "0"), ".")
+	if text == "-0" {
+		return "0"
 	}
-	last := time.UnixMilli(now).UTC().Truncate(24 * time.Hour)
-	first, err := last, error(nil)
-	if to != "" {
-		last, err = time.Parse(time.DateOnly, to)
-	}
-	first = last.AddDate(0, 0, -6)
-	if from != "" && err == nil {
-		first, err = time.Parse(time.DateOnly, from)
-	}
-	if err != nil {
-		return dashPeriod{}, badRequest("invalid_value", "from", "From and To must be days such as 2026-01-31.")
-	}
-	begin, end := first.UnixMilli(), last.UnixMilli()+dayMS
-	switch {
-	case end <= begin:
-		return dashPeriod{}, badRequest("invalid_value", "from", "From must not be after To.")
-	case end-begin > maxRangeDays*dayMS:
-		return dashPeriod{}, badRequest("invalid_value", "from", "A range has at most 366 days.")
-	case begin > now || first.Year() < 2000:
-		return dashPeriod{}, badRequest("invalid_value", "from", "From must be in the past, after the year 2000.")
-	}
-	p := newPeriod("range", "Range", now, begin, end, begin-(end-begin))
-	p.fromDay, p.toDay = first.Format(time.DateOnly), last.Format(time.DateOnly)
-	return p, nil
+	return text
 }
 
-func (p *dashPeriod) steps() int         { return int((p.to - p.from) / p.stepMS) }
-func (p *dashPeriod) index(at int64) int { return int((at - p.from) / p.stepMS) }
-
-// hasWholeDays reports whether sums of days are enough: the period begins with a day.
-func (p *dashPeriod) hasWholeDays() bool { return p.from%dayMS == 0 }
-
-// addTo adds the period to the parameters of an address.
-func (p *dashPeriod) addTo(values url.Values) url.Values {
-	if p.fromDay == "" {
-		values.Set("period", p.name)
-	} else {
-		values.Set("from", p.fromDay)
-		values.Set("to", p.toDay)
+// barWidth returns the width, in percent, of a bar that shows part of whole.
+func barWidth(part, whole float64) coordinate {
+	if whole > 0 && part > 0 {
+		return coordinate(max(0.5, 100*min(part/whole, 1)))
 	}
-	for name, list := range values {
-		if list[0] == "" {
-			delete(values, name)
-		}
-	}
-	return values
-}
-
-// A nearLimit is a limit of a day or longer that is mostly used up.
-type nearLimit struct {
-	token, name, project, projectID string // token and name are "" for a project's limit
-	limit                           string // as limit.String describes it
-	fraction                        float64
-}
-
-// nearLimits returns the limits that are used up to the given fraction or more. It checks at most maxEach
-// projects and maxEach tokens, to bound the cost of a page.
-func (g *registry) nearLimits(now int64, fraction float64, maxEach int) []nearLimit {
-	g.mu.RLock()
-	var projects []*liveProject
-	for _, p := range g.projects {
-		if projects = append(projects, p); len(projects) == maxEach {
-			break
-		}
-	}
-	var tokens []*liveToken
-	for _, t := range g.byID {
-		if tokens = append(tokens, t); len(tokens) == maxEach {
-			break
-		}
-	}
-	g.mu.RUnlock()
-	var out []nearLimit
-	for _, p := range projects {
-		st := p.state.Load()
-		owner := nearLimit{project: st.name, projectID: st.id}
-		out = append(out, p.limiter.nearLimits(&p.limiter.project, now, fraction, owner)...)
-	}
-	for _, t := range tokens {
-		st, p := t.state.Load(), t.project.state.Load()
-		owner := nearLimit{token: st.id, name: st.name, project: p.name, projectID: p.id}
-		out = append(out, t.project.limiter.nearLimits(&t.limits, now, fraction, owner)...)
-	}
-	return out
-}
-
-// sortNearLimits sorts limits by fraction, the highest first.
-func sortNearLimits(limits []nearLimit) {
-	slices.SortFunc(limits, func(a, b nearLimit) int {
-		return cmp.Or(cmp.Compare(b.fraction, a.fraction), cmp.Compare(a.project, b.project),
-			cmp.Compare(a.name, b.name), cmp.Compare(a.limit, b.limit))
-	})
-}
-
-// nearLimits returns the limits of a scope that are used up to the fraction or more, each with owner's names.
-func (l *limiter) nearLimits(s *limitScope, now int64, fraction float64, owner nearLimit) []nearLimit {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.leases != nil {
-		now = l.leases.now()
-	}
-	return filterNearLimits(s.counters, now, fraction, owner)
-}
-
-func filterNearLimits(counters []*limitCounter, now int64, fraction float64, owner nearLimit) (out []nearLimit) {
-	for _, c := range counters {
-		if !c.limit.isQuota() || c.limit.monitorOnly || c.limit.max == 0 || c.group != nil {
-			continue
-		}
-		c.advance(now)
-		near := owner
-		if near.fraction = float64(c.unscaledUse()) / float64(c.limit.max); near.fraction >= fraction {
-			near.limit = c.limit.String()
-			out = append(out, near)
-		}
-	}
-	return out
+	return 0
 }
 
 // A durationPart is one part of a duration, and its place in a bar that is 1000 wide.

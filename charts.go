@@ -1,4 +1,4 @@
-// This file computes charts: usage and times in, the coordinates of axes, bars and lines out.
+// This file computes charts: usage and times in, the coordinates and colors of axes, bars and lines out.
 // templates/parts/charts.html draws them, and html/template escapes every name. Nothing here reads from
 // the database or knows of HTTP.
 package main
@@ -12,116 +12,13 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
-
-// A chartUnit is the unit of a chart's values.
-type chartUnit int
-
-const (
-	unitCount  chartUnit = iota
-	unitMoney            // nano-dollars
-	unitMillis           // milliseconds
-)
-
-// formatShort returns a value as an axis shows it: short.
-func (u chartUnit) formatShort(v float64) string {
-	switch u {
-	case unitMoney:
-		text := shortNumber(v / 1e9)
-		if i := strings.IndexByte(text, '.'); i > 0 && i == len(text)-2 && v < 1e12 {
-			text += "0" // $0.20
-		}
-		return "$" + text
-	case unitMillis:
-		if v >= 1000 {
-			return shortNumber(v/1000) + " s"
-		}
-		return shortNumber(v) + " ms"
-	}
-	return shortNumber(v)
-}
-
-// format returns a value as titles and tables show it.
-func (u chartUnit) format(v float64) string {
-	switch {
-	case math.IsInf(v, 1) && u == unitMillis:
-		return "over 100 s"
-	case math.IsNaN(v) || math.IsInf(v, 0) || u == unitMillis && v < 0:
-		return "–"
-	case u == unitMillis && v >= 999.5:
-		return threeDigits(v/1000) + " s"
-	case u == unitMillis:
-		return threeDigits(v) + " ms"
-	}
-	n := int64(math.MaxInt64)
-	if v < math.MaxInt64 { // otherwise the conversion has no defined result
-		n = int64(v)
-	}
-	if u == unitMoney {
-		return formatMoney(n)
-	}
-	return groupDigits(n)
-}
-
-// threeDigits returns a number with three significant digits, or all digits before the point.
-func threeDigits(v float64) string {
-	if v >= 999.5 {
-		return strconv.FormatFloat(v, 'f', 0, 64)
-	}
-	return strconv.FormatFloat(v, 'g', 3, 64)
-}
-
-func shortNumber(v float64) string {
-	for _, scale := range []struct {
-		size   float64
-		letter string
-	}{{1e12, "T"}, {1e9, "G"}, {1e6, "M"}, {1e3, "k"}} {
-		if math.Abs(v) >= scale.size {
-			return strconv.FormatFloat(v/scale.size, 'f', -1, 64) + scale.letter
-		}
-	}
-	return strconv.FormatFloat(v, 'f', -1, 64)
-}
-
-// ticks returns a round step (1, 2 or 5 times a power of ten) and how many steps reach highest:
-// at least two and at most five, or one for a small count.
-func (u chartUnit) ticks(highest float64) (step float64, n int) {
-	if !(highest > 0) || math.IsInf(highest, 0) {
-		highest = 1
-		if u == unitMoney {
-			highest = 1e9
-		}
-	}
-	power := math.Pow(10, math.Floor(math.Log10(highest/4)))
-	for _, f := range []float64{1, 2, 5, 10} {
-		if step = f * power; math.Ceil(highest/step) <= 5 {
-			break
-		}
-	}
-	if u == unitCount && step < 1 {
-		step = 1
-	}
-	return step, max(1, int(math.Ceil(highest/step-1e-9)))
-}
-
-// A coordinate is a position or a length in a drawing: pixels, percent or a share of a viewBox.
-type coordinate float64
-
-func (v coordinate) String() string { return formatTwoDecimals(float64(v)) }
-
-// formatTwoDecimals returns a number with at most two decimals.
-func formatTwoDecimals(v float64) string {
-	text := strings.TrimRight(strings.TrimRight(strconv.FormatFloat(v, 'f', 2, 64), "0"), ".")
-	if text == "-0" {
-		return "0"
-	}
-	return text
-}
 
 // A chartSeries is one row of values, one value for each step of time. NaN means no value.
 type chartSeries struct {
 	Name   string
-	Class  string // of the style sheet: k1 to k6, k0 for the rest
+	Class  string // of the style sheet: k1 to k8, k0 for the rest, e1 to e4 for errors, p50 and p95
 	values []float64
 }
 
@@ -133,7 +30,7 @@ type timeChart struct {
 	stepMS    int64
 	steps     int
 	series    []chartSeries
-	lineChart bool       // lines side by side instead of stacked bars
+	lineChart bool       // lines on a logarithmic scale instead of stacked bars
 	calls     url.Values // the filters of the calls that it shows; nil: there is no list of them
 	links     []string   // what each series is made of; "" or absent: there is no page for it
 }
@@ -143,11 +40,13 @@ const plotHeight = 180 // pixels; templates/parts/charts.html has the margins ar
 // A drawing is a time chart in coordinates: y and heights in pixels, x and widths in percent of
 // the plot, so that the chart fits any screen while its letters keep their size.
 type drawing struct {
-	Label   string
-	Ticks   []chartTick
-	Times   []timeLabel
-	Lines   []chartLine
-	Columns []chartColumn
+	Label           string
+	Start, StepMS   int64      // of the first column, in unix milliseconds, and of each
+	Axis, AxisLabel coordinate // the width of the axis, and where its labels end
+	Ticks           []chartTick
+	Times           []timeLabel
+	Lines           []chartLine
+	Columns         []chartColumn
 }
 
 // A chartTick is one line of the grid and its label on the axis.
@@ -175,6 +74,7 @@ type chartPoint struct{ X, Y coordinate }
 // A chartColumn is one step of time: its bars, and the area that shows its numbers on hover.
 type chartColumn struct {
 	Title    string
+	Keys     string // the classes of the series that the title names
 	Link     string // the calls of the step, "" if it has none
 	X, Width coordinate
 	Bars     []chartBar
@@ -187,42 +87,73 @@ type chartBar struct {
 
 // draw computes the drawing of the chart.
 func (c *timeChart) draw() *drawing {
-	d := &drawing{Label: printable(c.label), Times: c.timeLabels()}
-	step, n := c.unit.ticks(c.highest())
-	for i := range n + 1 {
-		y := coordinate(plotHeight - plotHeight*float64(i)/float64(n))
-		d.Ticks = append(d.Ticks, chartTick{c.unit.formatShort(step * float64(i)), y, y + 12})
+	d := &drawing{Label: printable(c.label), Start: c.start, StepMS: c.stepMS, Times: c.timeLabels()}
+	axis := c.axis()
+	longest := 0
+	for _, v := range axis {
+		text, y := c.unit.compact(v, axis[len(axis)-1]), coordinate(plotHeight-plotHeight*c.height(v, axis))
+		d.Ticks = append(d.Ticks, chartTick{text, y, y + 12})
+		longest = max(longest, utf8.RuneCountInString(text))
 	}
-	top := step * float64(n)
+	d.AxisLabel = coordinate(max(24, 4+longest*6)) // letters of 11 pixels are some 6 wide
+	d.Axis = d.AxisLabel + 6
 	if c.lineChart {
 		for _, s := range c.series {
-			d.Lines = append(d.Lines, c.line(s, top))
+			d.Lines = append(d.Lines, c.line(s, axis))
 		}
 	}
 	for i := range c.steps {
-		d.Columns = append(d.Columns, c.column(i, top))
+		d.Columns = append(d.Columns, c.column(i, axis))
 	}
 	return d
 }
 
-// printable removes the control characters that neither HTML nor XML allows.
-func printable(text string) string {
-	return strings.Map(func(c rune) rune {
-		if c < ' ' && c != '\n' || c == 0x7f || c == 0xfffe || c == 0xffff {
-			return -1
+// axis returns the values at the lines of the grid, the lowest first: from 0, or powers of ten for lines.
+func (c *timeChart) axis() (axis []float64) {
+	lowest, highest := c.bounds()
+	if !c.lineChart {
+		step, n := c.unit.ticks(highest)
+		for i := range n + 1 {
+			axis = append(axis, step*float64(i))
 		}
-		return c
-	}, strings.ToValidUTF8(text, ""))
+		return axis
+	}
+	if highest == 0 {
+		lowest, highest = 10, 1000
+	}
+	from, to := math.Floor(math.Log10(lowest)), math.Ceil(math.Log10(highest))
+	if to <= from {
+		to = from + 1
+	}
+	for exp := from; exp < to; exp += math.Ceil((to - from) / 6) {
+		axis = append(axis, math.Pow(10, exp))
+		if to-from == 1 {
+			axis = append(axis, 2*math.Pow(10, exp), 5*math.Pow(10, exp))
+		}
+	}
+	return append(axis, math.Pow(10, to))
 }
 
-// highest returns the highest value or, of stacked bars, the highest stack.
-func (c *timeChart) highest() (highest float64) {
+// height returns where a value is between the lowest line of the grid (0) and the highest (1).
+func (c *timeChart) height(v float64, axis []float64) float64 {
+	low, high := axis[0], axis[len(axis)-1]
+	if c.lineChart {
+		v, low, high = math.Log10(max(v, low)), math.Log10(low), math.Log10(high)
+	}
+	return min(1, max(0, (v-low)/(high-low)))
+}
+
+// bounds returns the lowest and the highest value above 0 or, of stacked bars, the highest stack.
+func (c *timeChart) bounds() (lowest, highest float64) {
 	for i := range c.steps {
 		stack := 0.0
 		for _, s := range c.series {
 			v := s.values[i]
-			if math.IsNaN(v) || math.IsInf(v, 0) {
+			if !(v > 0) || math.IsInf(v, 0) {
 				continue
+			}
+			if lowest == 0 || v < lowest {
+				lowest = v
 			}
 			if stack += v; c.lineChart {
 				stack = v
@@ -230,21 +161,21 @@ func (c *timeChart) highest() (highest float64) {
 			highest = max(highest, stack)
 		}
 	}
-	return highest
+	return lowest, highest
 }
 
-func (c *timeChart) column(i int, top float64) chartColumn {
+func (c *timeChart) column(i int, axis []float64) chartColumn {
 	width := 100 / float64(c.steps)
 	x := width * float64(i)
-	col := chartColumn{Title: printable(c.columnTitle(i)), Link: c.stepURL(i), X: coordinate(x),
-		Width: coordinate(width)}
+	col := chartColumn{Link: c.stepURL(i), X: coordinate(x), Width: coordinate(width)}
+	col.Title, col.Keys = c.columnTitle(i)
 	below := 0.0
 	for _, s := range c.series {
 		v := s.values[i]
 		if c.lineChart || !(v > 0) || math.IsInf(v, 0) {
 			continue
 		}
-		height := plotHeight * v / top
+		height := plotHeight * v / axis[len(axis)-1]
 		col.Bars = append(col.Bars, chartBar{Class: s.Class, X: coordinate(x + width*0.1),
 			Width: coordinate(width * 0.8), Y: coordinate(max(0, plotHeight-below-height)), Height: coordinate(height)})
 		below += height
@@ -264,25 +195,26 @@ func (c *timeChart) stepURL(i int) string {
 	return "/admin/requests?" + values.Encode()
 }
 
-func (c *timeChart) columnTitle(i int) string {
-	var t strings.Builder
-	t.WriteString(c.stepLabel(i))
-	total, shown := 0.0, 0
+// columnTitle returns the numbers of a step, one series on each line after the first, and the classes of these series.
+func (c *timeChart) columnTitle(i int) (title, keys string) {
+	lines, classes := []string{c.stepLabel(i)}, []string{}
+	total := 0.0
 	for _, s := range c.series {
 		v := s.values[i]
 		if math.IsNaN(v) || v == 0 && !c.lineChart {
 			continue
 		}
-		total, shown = total+v, shown+1
-		t.WriteString("\n" + s.Name + ": " + c.unit.format(v))
+		total += v
+		lines = append(lines, strings.ReplaceAll(s.Name, "\n", " ")+": "+c.unit.format(v))
+		classes = append(classes, s.Class)
 	}
 	switch {
-	case shown == 0:
-		t.WriteString("\nno data")
-	case shown > 1 && !c.lineChart:
-		t.WriteString("\ntotal: " + c.unit.format(total))
+	case len(classes) == 0:
+		lines = append(lines, "no data")
+	case len(classes) > 1 && !c.lineChart:
+		lines = append(lines, "total: "+c.unit.format(total))
 	}
-	return t.String()
+	return printable(strings.Join(lines, "\n")), strings.Join(classes, " ")
 }
 
 // stepLabel returns the time of a step, such as "Mon 5 Jan 12:00–18:00 UTC".
@@ -294,43 +226,73 @@ func (c *timeChart) stepLabel(i int) string {
 	return at.Format("Mon 2 Jan 15:04") + at.Add(time.Duration(c.stepMS)*time.Millisecond).Format("–15:04") + " UTC"
 }
 
-// timeLabels returns at most seven labels for below the plot.
+// timeLabels returns at most seven labels for below the plot: full hours, days, Mondays or the first days of months.
 func (c *timeChart) timeLabels() (labels []timeLabel) {
-	every, format := int64(max(1, (c.steps+5)/6))*c.stepMS, "2 Jan"
-	first := c.start
-	if c.stepMS < dayMS {
-		for _, hours := range []int64{1, 2, 3, 4, 6, 12, 24, 2 * 24, 7 * 24} {
-			if every = hours * hourMS; every >= c.stepMS && int64(c.steps)*c.stepMS <= 7*every {
-				break
-			}
-		}
-		if every < dayMS {
-			format = "15:04"
-		}
-		first += (every - c.start%every) % every // at full hours or days
-	}
-	for at := first; at < c.start+int64(c.steps)*c.stepMS; at += every {
-		x := 100 * (float64(at-c.start)/float64(c.stepMS) + 0.5) / float64(c.steps)
-		class := "x"
+	end := c.start + int64(c.steps)*c.stepMS
+	for _, at := range c.labeledTimes(end) {
+		x, class := 100*(float64(at-c.start)/float64(c.stepMS)+0.5)/float64(c.steps), "x"
 		if len(labels)%2 == 1 {
 			class = "x second" // hidden on narrow screens
 		}
-		if x > 96 {
+		switch {
+		case x > 96:
 			x, class = 100, class+" last"
+		case x < 2:
+			x, class = 0, class+" first"
 		}
-		labels = append(labels, timeLabel{class, time.UnixMilli(at).UTC().Format(format), coordinate(x)})
+		format, date := "2 Jan", time.UnixMilli(at).UTC()
+		switch isLong := end-c.start > maxDayLabels; {
+		case at%dayMS != 0:
+			format = "15:04"
+		case isLong && date.Month() == time.January:
+			format = "Jan 2006"
+		case isLong:
+			format = "Jan"
+		}
+		labels = append(labels, timeLabel{class, date.Format(format), coordinate(x)})
 	}
 	return labels
 }
 
+const maxDayLabels = 120 * dayMS // the longest period with labels of days
+
+// labeledTimes returns the times that get a label.
+func (c *timeChart) labeledTimes(end int64) (times []int64) {
+	if end-c.start > maxDayLabels {
+		first := time.UnixMilli(c.start - 1).UTC()
+		at := time.Date(first.Year(), first.Month()+1, 1, 0, 0, 0, 0, time.UTC)
+		for ; at.UnixMilli() < end; at = at.AddDate(0, int(1+(end-c.start)/(210*dayMS)), 0) {
+			times = append(times, at.UnixMilli())
+		}
+		return times
+	}
+	const weekMS, monday = 7 * dayMS, 4 * dayMS // the first Monday was on 5 January 1970
+	every := int64(0)
+	for _, every = range []int64{hourMS, 2 * hourMS, 3 * hourMS, 4 * hourMS, 6 * hourMS, 12 * hourMS, dayMS, 2 * dayMS,
+		weekMS, 2 * weekMS, 4 * weekMS} {
+		if every >= c.stepMS && end-c.start <= 7*every {
+			break
+		}
+	}
+	first, offset := c.start, int64(0)
+	if every >= weekMS {
+		offset = monday
+	}
+	first += (every - (c.start-offset)%every) % every
+	for at := first; at < end; at += every {
+		times = append(times, at)
+	}
+	return times
+}
+
 // line returns the line of a series, which breaks where there is no value.
-func (c *timeChart) line(s chartSeries, top float64) chartLine {
+func (c *timeChart) line(s chartSeries, axis []float64) chartLine {
 	l := chartLine{Class: s.Class}
 	var run []chartPoint
 	for i := range c.steps + 1 {
 		if i < c.steps && !math.IsNaN(s.values[i]) {
 			run = append(run, chartPoint{coordinate(1000 * (float64(i) + 0.5) / float64(c.steps)),
-				coordinate(plotHeight - plotHeight*min(s.values[i], top)/top)})
+				coordinate(plotHeight - plotHeight*c.height(s.values[i], axis))})
 			continue
 		}
 		if len(run) == 1 {
@@ -344,20 +306,12 @@ func (c *timeChart) line(s chartSeries, top float64) chartLine {
 	return l
 }
 
-// barWidth returns the width, in percent, of a bar that shows part of whole.
-func barWidth(part, whole float64) coordinate {
-	if whole > 0 && part > 0 {
-		return coordinate(max(0.5, 100*min(part/whole, 1)))
-	}
-	return 0
-}
-
 // A chartView is a chart with its title and the table of its numbers, newest first.
 type chartView struct {
-	ID, Title string
-	Drawing   *drawing
-	Series    []legendEntry
-	Rows      []chartRow // empty: there is nothing to show
+	ID, Title, Scale string
+	Drawing          *drawing
+	Series           []legendEntry
+	Rows             []chartRow // empty: there is nothing to show
 }
 
 // A legendEntry names a series. Link leads to what it is made of, "" if there is no page.
@@ -423,17 +377,24 @@ func (c *timeChart) addSeries(name, class string, value func(step int) float64) 
 	c.series = append(c.series, s)
 }
 
-func seriesClass(i int) string { return "k" + strconv.Itoa(i+1) }
+// seriesClass returns the color of a value that the charts of the page consist of: the same in all of them, and k0 for
+// the values that are in the rest.
+func (d *dashData) seriesClass(id string) string {
+	return "k" + strconv.Itoa(slices.Index(d.named, id)+1)
+}
 
 // usageChart returns the chart of the query's metric.
 func (d *dashData) usageChart(q *dashQuery, id string) chartView {
 	title := map[string]string{"calls": "Calls", "tokens": "Tokens", "cost": "Cost"}[q.metric] + " by " +
 		strings.NewReplacer("_", " ", ":", " ").Replace(q.groupBy)
 	c := q.newTimeChart(title, q.unit())
-	for i, s := range d.topSeries(q) {
-		class := seriesClass(i)
-		if s.isOther {
-			class = "k0"
+	for _, s := range d.topSeries(q) {
+		class := "k0"
+		if !s.isOther {
+			class = d.seriesClass(s.id)
+		}
+		if q.valueOf(s.total) == 0 {
+			continue
 		}
 		c.addSeries(s.name, class, func(i int) float64 { return q.valueOf(s.values[i]) })
 		c.links = append(c.links, q.seriesLink(&s))
@@ -446,7 +407,7 @@ func (d *dashData) errorChart(q *dashQuery) chartView {
 	c := q.newTimeChart("Errors by cause", unitCount)
 	c.calls.Set("outcome", failedOutcomes)
 	for k, class := range errorColumnClasses() {
-		c.addSeries(string(class), seriesClass(k), func(i int) float64 { return float64(d.steps[i].errors[k]) })
+		c.addSeries(string(class), "e"+strconv.Itoa(k+1), func(i int) float64 { return float64(d.steps[i].errors[k]) })
 		c.links = append(c.links, q.callsURL("cause", string(class)))
 	}
 	return newChartView("errors", "Errors by cause", c)
@@ -456,15 +417,23 @@ func (d *dashData) errorChart(q *dashQuery) chartView {
 func (d *dashData) latencyChart(q *dashQuery, id, title string, latency func(*hourSum) *latencyHistogram) chartView {
 	c := q.newTimeChart(title, unitMillis)
 	c.lineChart = true
-	for k, percentile := range []int{50, 95} {
-		c.addSeries("p"+strconv.Itoa(percentile), seriesClass(k), func(i int) float64 {
-			if v := latency(&d.steps[i]).quantile(float64(percentile) / 100); v >= 0 {
-				return v
-			}
-			return math.NaN()
+	for _, percentile := range []int{50, 95} {
+		name := "p" + strconv.Itoa(percentile)
+		c.addSeries(name, name, func(i int) float64 {
+			return orNaN(latency(&d.steps[i]).quantile(float64(percentile) / 100))
 		})
 	}
-	return newChartView(id, title, c)
+	v := newChartView(id, title, c)
+	v.Scale = "logarithmic scale"
+	return v
+}
+
+// orNaN returns a percentile, NaN if there is none.
+func orNaN(v float64) float64 {
+	if v < 0 {
+		return math.NaN()
+	}
+	return v
 }
 
 // A usageSeries is the usage in each step of a period.
@@ -483,19 +452,48 @@ func (s *usageSeries) add(i int, a usageTotals) {
 	}
 }
 
-// topSeries returns the largest series, and the rest as one.
-func (d *dashData) topSeries(q *dashQuery) []usageSeries {
-	named := d.byProject
+// allSeries returns the series of all values, the largest first; of projects, only the largest.
+func (d *dashData) allSeries(q *dashQuery) []usageSeries {
 	switch q.groupBy {
 	case "model":
-		named = d.modelSeries(q)
+		return d.modelSeries(q)
 	case "service_tier":
-		named = d.tierSeries(q)
+		return d.tierSeries(q)
 	case "project":
-	default:
-		named = d.valueSeries(q)
+		return d.byProject
 	}
-	named = named[:min(len(named), maxNamedSeries)]
+	return d.valueSeries(q)
+}
+
+// nameSeries chooses the values that the charts of the page consist of: those with the largest share of one of the
+// metrics that it shows. Each has one color on the page, and the same place in every stack.
+func (d *dashData) nameSeries(q *dashQuery, metrics ...string) {
+	all, shares := d.allSeries(q), map[string]float64{}
+	for _, q.metric = range metrics {
+		whole := 0.0
+		for _, s := range all {
+			whole += q.valueOf(s.total)
+		}
+		for _, s := range all {
+			shares[s.id] = max(shares[s.id], q.valueOf(s.total)/max(whole, 1))
+		}
+	}
+	slices.SortStableFunc(all, func(a, b usageSeries) int { return cmp.Compare(shares[b.id], shares[a.id]) })
+	d.named = nil
+	for _, s := range all[:min(len(all), maxNamedSeries)] {
+		d.named = append(d.named, s.id)
+	}
+}
+
+// topSeries returns the series with a name, and the rest as one.
+func (d *dashData) topSeries(q *dashQuery) []usageSeries {
+	if d.named == nil {
+		d.nameSeries(q, q.metric)
+	}
+	named := slices.DeleteFunc(d.allSeries(q), func(s usageSeries) bool { return !slices.Contains(d.named, s.id) })
+	slices.SortFunc(named, func(a, b usageSeries) int {
+		return cmp.Compare(slices.Index(d.named, a.id), slices.Index(d.named, b.id))
+	})
 	rest := usageSeries{name: "all others", isOther: true, values: make([]usageTotals, q.steps())}
 	for i := range d.steps {
 		h := &d.steps[i]

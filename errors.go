@@ -405,6 +405,16 @@ func badRequest(code, param, msg string) *apiError {
 	return &apiError{status: 400, code: code, param: param, msg: msg}
 }
 
+// checkChoice returns an error unless the value of a parameter is one of those allowed.
+func checkChoice(name, value string, allowed ...string) error {
+	if slices.Contains(allowed, value) {
+		return nil
+	}
+	last := len(allowed) - 1
+	choices := strings.Join(allowed[:last], ", ") + " or " + allowed[last]
+	return badRequest("invalid_value", name, name+" must be "+choices+".")
+}
+
 // errRepeatedCredential is for a header or query parameter that occurs twice.
 func errRepeatedCredential(what string) *apiError {
 	return newError(400, "ambiguous_credentials", "The request has more than one "+what+".")

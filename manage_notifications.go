@@ -1,10 +1,11 @@
 // This file has what administrators do with webhooks: the fields of one, the operations, the handlers of /manage, and
 // how webhooks and deliveries are shown. No response contains the URL of a webhook; its secret is only in the one that
-// created it. What is sent when is decided in notifications.go. It also records failed sign-ins in the audit trail, and
-// the end of the trail in the log.
+// created it. What is sent when is decided in notifications.go. It also finds the limits that are nearly used up, and
+// records failed sign-ins in the audit trail, and the end of the trail in the log.
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -408,4 +409,75 @@ func (a *signInAuditor) runAuditCheckpoints(ctx context.Context, every time.Dura
 			a.log.Info("the audit trail ends here", "head", head.String())
 		}
 	}
+}
+
+// A nearLimit is a limit of a day or longer that is mostly used up.
+type nearLimit struct {
+	token, name, project, projectID string // token and name are "" for a project's limit
+	limit                           string // as limit.String describes it
+	fraction                        float64
+}
+
+// nearLimits returns the limits that are used up to the given fraction or more. It checks at most maxEach
+// projects and maxEach tokens, to bound the cost of a page.
+func (g *registry) nearLimits(now int64, fraction float64, maxEach int) []nearLimit {
+	g.mu.RLock()
+	var projects []*liveProject
+	for _, p := range g.projects {
+		if projects = append(projects, p); len(projects) == maxEach {
+			break
+		}
+	}
+	var tokens []*liveToken
+	for _, t := range g.byID {
+		if tokens = append(tokens, t); len(tokens) == maxEach {
+			break
+		}
+	}
+	g.mu.RUnlock()
+	var out []nearLimit
+	for _, p := range projects {
+		st := p.state.Load()
+		owner := nearLimit{project: st.name, projectID: st.id}
+		out = append(out, p.limiter.nearLimits(&p.limiter.project, now, fraction, owner)...)
+	}
+	for _, t := range tokens {
+		st, p := t.state.Load(), t.project.state.Load()
+		owner := nearLimit{token: st.id, name: st.name, project: p.name, projectID: p.id}
+		out = append(out, t.project.limiter.nearLimits(&t.limits, now, fraction, owner)...)
+	}
+	return out
+}
+
+// sortNearLimits sorts limits by fraction, the highest first.
+func sortNearLimits(limits []nearLimit) {
+	slices.SortFunc(limits, func(a, b nearLimit) int {
+		return cmp.Or(cmp.Compare(b.fraction, a.fraction), cmp.Compare(a.project, b.project),
+			cmp.Compare(a.name, b.name), cmp.Compare(a.limit, b.limit))
+	})
+}
+
+// nearLimits returns the limits of a scope that are used up to the fraction or more, each with owner's names.
+func (l *limiter) nearLimits(s *limitScope, now int64, fraction float64, owner nearLimit) []nearLimit {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.leases != nil {
+		now = l.leases.now()
+	}
+	return filterNearLimits(s.counters, now, fraction, owner)
+}
+
+func filterNearLimits(counters []*limitCounter, now int64, fraction float64, owner nearLimit) (out []nearLimit) {
+	for _, c := range counters {
+		if !c.limit.isQuota() || c.limit.monitorOnly || c.limit.max == 0 || c.group != nil {
+			continue
+		}
+		c.advance(now)
+		near := owner
+		if near.fraction = float64(c.unscaledUse()) / float64(c.limit.max); near.fraction >= fraction {
+			near.limit = c.limit.String()
+			out = append(out, near)
+		}
+	}
+	return out
 }

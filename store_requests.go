@@ -1,7 +1,7 @@
 // This file has the SQL that reads single calls of the ledger, and their stored content, deletes old sums, and has that
 // of the response cache. store_ledger.go writes calls. Cached answers come sealed and go sealed: nothing here can read
 // one. cache.go decides which are stored, and keeps transactions short, because the ledger shares the writing
-// connection.
+// connection. It also has the periods that reports and lists of calls cover.
 package main
 
 import (
@@ -10,6 +10,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/url"
+	"time"
 )
 
 // A requestView is a row of the ledger with the ids and names of the project, token and upstream that it
@@ -407,4 +409,114 @@ func microsToMillis(us *int64) *float64 {
 func allOutcomes() []callOutcome {
 	return []callOutcome{outcomeOpen, outcomeOK, outcomeRefused, outcomeClientGone, outcomeTruncated,
 		outcomeUpstreamError, outcomeLost}
+}
+
+// A dashPeriod is the time that a dashboard covers: whole steps up to the one that has begun, and the period before.
+type dashPeriod struct {
+	name, title      string
+	fromDay, toDay   string // of a range of days, as it was asked for
+	stepMS           int64  // milliseconds
+	from, to         int64  // to is at most the end of the step that has begun
+	prevFrom, prevTo int64  // as much of the period before as has passed of this one
+	grain            string
+}
+
+// newPeriod returns the period from a time up to another; the one before began at prevFrom.
+func newPeriod(name, title string, now, from, to, prevFrom int64) dashPeriod {
+	p := dashPeriod{name: name, title: title, from: from, prevFrom: prevFrom, stepMS: hourMS, grain: "hour"}
+	switch length := to - from; {
+	case length > 14*dayMS:
+		p.stepMS, p.grain = dayMS, "day"
+	case length > 2*dayMS:
+		p.stepMS = 6 * hourMS
+	}
+	hour := now - now%hourMS + hourMS
+	p.to = min(to, now-now%p.stepMS+p.stepMS)
+	p.prevTo = min(min(to, hour)-(from-prevFrom), from)
+	return p
+}
+
+// dashPeriods returns the periods to choose from. Days, weeks and months are those of UTC; weeks start on Monday.
+func dashPeriods(now int64) []dashPeriod {
+	hour, day := now-now%hourMS+hourMS, now-now%dayMS
+	date := time.UnixMilli(now).UTC()
+	month := func(offset int) int64 {
+		return time.Date(date.Year(), date.Month()+time.Month(offset), 1, 0, 0, 0, 0, time.UTC).UnixMilli()
+	}
+	week := day - int64(date.Weekday()+6)%7*dayMS
+	return []dashPeriod{
+		newPeriod("24h", "24 hours", now, hour-dayMS, hour, hour-2*dayMS),
+		newPeriod("7d", "7 days", now, day-6*dayMS, day+dayMS, day-13*dayMS),
+		newPeriod("30d", "30 days", now, day-29*dayMS, day+dayMS, day-59*dayMS),
+		newPeriod("90d", "90 days", now, day-89*dayMS, day+dayMS, day-179*dayMS),
+		newPeriod("today", "Today", now, day, day+dayMS, day-dayMS),
+		newPeriod("yesterday", "Yesterday", now, day-dayMS, day, day-2*dayMS),
+		newPeriod("this-week", "This week", now, week, week+7*dayMS, week-7*dayMS),
+		newPeriod("last-week", "Last week", now, week-7*dayMS, week, week-14*dayMS),
+		newPeriod("this-month", "This month", now, month(0), month(1), month(-1)),
+		newPeriod("last-month", "Last month", now, month(-1), month(0), month(-2)),
+	}
+}
+
+const maxRangeDays = 366
+
+// parsePeriod returns the period with a name or, if a day is given, the range of days, whose last is included. Without
+// one of its days, a range begins a week before its end, or ends today.
+func parsePeriod(now int64, name, from, to string) (dashPeriod, error) {
+	if from == "" && to == "" {
+		names := []string{}
+		for _, p := range dashPeriods(now) {
+			if p.name == name {
+				return p, nil
+			}
+			names = append(names, p.name)
+		}
+		return dashPeriod{}, checkChoice("period", name, names...)
+	}
+	last := time.UnixMilli(now).UTC().Truncate(24 * time.Hour)
+	first, err := last, error(nil)
+	if to != "" {
+		last, err = time.Parse(time.DateOnly, to)
+	}
+	first = last.AddDate(0, 0, -6)
+	if from != "" && err == nil {
+		first, err = time.Parse(time.DateOnly, from)
+	}
+	if err != nil {
+		return dashPeriod{}, badRequest("invalid_value", "from", "From and To must be days such as 2026-01-31.")
+	}
+	begin, end := first.UnixMilli(), last.UnixMilli()+dayMS
+	switch {
+	case end <= begin:
+		return dashPeriod{}, badRequest("invalid_value", "from", "From must not be after To.")
+	case end-begin > maxRangeDays*dayMS:
+		return dashPeriod{}, badRequest("invalid_value", "from", "A range has at most 366 days.")
+	case begin > now || first.Year() < 2000:
+		return dashPeriod{}, badRequest("invalid_value", "from", "From must be in the past, after the year 2000.")
+	}
+	p := newPeriod("range", "Range", now, begin, end, begin-(end-begin))
+	p.fromDay, p.toDay = first.Format(time.DateOnly), last.Format(time.DateOnly)
+	return p, nil
+}
+
+func (p *dashPeriod) steps() int         { return int((p.to - p.from) / p.stepMS) }
+func (p *dashPeriod) index(at int64) int { return int((at - p.from) / p.stepMS) }
+
+// hasWholeDays reports whether sums of days are enough: the period begins with a day.
+func (p *dashPeriod) hasWholeDays() bool { return p.from%dayMS == 0 }
+
+// addTo adds the period to the parameters of an address.
+func (p *dashPeriod) addTo(values url.Values) url.Values {
+	if p.fromDay == "" {
+		values.Set("period", p.name)
+	} else {
+		values.Set("from", p.fromDay)
+		values.Set("to", p.toDay)
+	}
+	for name, list := range values {
+		if list[0] == "" {
+			delete(values, name)
+		}
+	}
+	return values
 }
