@@ -158,8 +158,8 @@ func TestTokenSnippets(t *testing.T) {
 }
 
 // TestTokenSnippetsRun runs every example of every case with its own library, if LLM_PROXY_SNIPPETS is set. The
-// libraries for Node.js and Go are those of e2e, which has none for Go but OpenAI's; LLM_PROXY_PYTHON names a Python
-// that has the libraries.
+// libraries for Node.js and Go are those of e2e, which lacks Google's for Go; LLM_PROXY_PYTHON names a Python that has
+// the libraries.
 func TestTokenSnippetsRun(t *testing.T) {
 	t.Parallel()
 	if os.Getenv("LLM_PROXY_SNIPPETS") == "" {
@@ -177,7 +177,7 @@ func TestTokenSnippetsRun(t *testing.T) {
 		page, _ := u.newTokenPage(&c)
 		for name, command := range commands {
 			text := snippetOf(page, name)
-			if c.endpoint == "" || name == "go" && (builds[c.endpoint] || !strings.Contains(text, "openai-go")) {
+			if c.endpoint == "" || name == "go" && (builds[c.endpoint] || strings.Contains(text, "google.golang.org")) {
 				continue
 			}
 			builds[c.endpoint] = builds[c.endpoint] || name == "go"

@@ -111,34 +111,34 @@ The sample data has %[5]d projects, %[6]d tokens and %[7]d calls of the last fou
 
 Try it in another terminal:
 
-  export BASE=%[1]s TOKEN=%[2]s KEY="%[4]s" JSON="Content-Type: application/json"
+  export URL=%[1]s TOKEN=%[2]s KEY="%[4]s" JSON="Content-Type: application/json"
 
 An answer, a streamed answer, and a tool call:
 
-  curl $BASE/v1/chat/completions -H "Authorization: Bearer $TOKEN" -H "$JSON" \
+  curl $URL/v1/chat/completions -H "Authorization: Bearer $TOKEN" -H "$JSON" \
     -d '{"model":"gpt-4o-mini","messages":[{"role":"user","content":"Hello"}]}'
-  curl -N $BASE/v1/chat/completions -H "Authorization: Bearer $TOKEN" -H "$JSON" \
+  curl -N $URL/v1/chat/completions -H "Authorization: Bearer $TOKEN" -H "$JSON" \
     -d '{"model":"gpt-4o-mini","stream":true,"messages":[{"role":"user","content":"Tell me a story"}]}'
-  curl $BASE/v1/chat/completions -H "Authorization: Bearer $TOKEN" -H "$JSON" \
+  curl $URL/v1/chat/completions -H "Authorization: Bearer $TOKEN" -H "$JSON" \
     -d '{"model":"gpt-4o","messages":[{"role":"user","content":"What is the weather in Berlin?"}],
       "tools":[{"type":"function","function":{"name":"get_weather",
         "parameters":{"type":"object","properties":{"city":{"type":"string"}},"required":["city"]}}}]}'
 
 Anthropic's API, with the same token:
 
-  curl $BASE/v1/messages -H "x-api-key: $TOKEN" -H "anthropic-version: 2023-06-01" -H "$JSON" \
+  curl $URL/v1/messages -H "x-api-key: $TOKEN" -H "anthropic-version: 2023-06-01" -H "$JSON" \
     -d '{"model":"claude-sonnet-5","max_tokens":100,"messages":[{"role":"user","content":"Hello"}]}'
 
 Gemini's API:
 
-  curl $BASE/v1beta/models/gemini-2.5-flash:generateContent -H "x-goog-api-key: $TOKEN" -H "$JSON" \
+  curl $URL/v1beta/models/gemini-2.5-flash:generateContent -H "x-goog-api-key: $TOKEN" -H "$JSON" \
     -d '{"contents":[{"parts":[{"text":"Hello"}]}]}'
 
 Usage and cost, and the latest calls on record:
 
-  curl "$BASE/manage/usage?interval=total&group_by=project,model" -H "Authorization: Bearer $KEY"
-  curl "$BASE/manage/requests?limit=5" -H "Authorization: Bearer $KEY"
-  curl $BASE/manage/tokens -H "Authorization: Bearer $KEY"
+  curl "$URL/manage/usage?interval=total&group_by=project,model" -H "Authorization: Bearer $KEY"
+  curl "$URL/manage/requests?limit=5" -H "Authorization: Bearer $KEY"
+  curl $URL/manage/tokens -H "Authorization: Bearer $KEY"
 
 If a prompt contains [[error 429]] or [[error 500]], the provider answers with that error; [[cut]] cuts the answer off
 half-way, [[slow 3s]] delays it. The model no-such-model does not exist. Ctrl-C ends the demo.

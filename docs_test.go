@@ -93,6 +93,67 @@ func TestUseDocNamesErrors(t *testing.T) {
 	}
 }
 
+// TestTroubleshooting: docs/troubleshooting.md has each error code of the program exactly once, with its status, and no
+// other code. Each message of a failed start that it quotes is in the sources.
+func TestTroubleshooting(t *testing.T) {
+	t.Parallel()
+	doc := mustReadFile(t, "docs/troubleshooting.md")
+	listed := map[string]string{} // a code's statuses
+	codeName := regexp.MustCompile("`([a-z_]+)`")
+	for _, row := range regexp.MustCompile("(?m)^\\| ([0-9x, ]+) \\| ([^|]+) \\|").FindAllStringSubmatch(doc, -1) {
+		for _, code := range codeName.FindAllStringSubmatch(row[2], -1) {
+			if listed[code[1]] != "" {
+				t.Errorf("the code %s is there twice", code[1])
+			}
+			listed[code[1]] = row[1]
+		}
+	}
+	var sources strings.Builder
+	for name := range parseSources(t, token.NewFileSet(), 0, allBuilds) {
+		sources.WriteString(mustReadFile(t, name))
+	}
+	used := map[string]bool{}
+	failure := regexp.MustCompile(`(?:newError\((\d+)|(badRequest)\(|(errUnavailable)\(|` +
+		`status: (\d+|status), code: )[, ]*"([a-z_]+)"`)
+	for _, m := range failure.FindAllStringSubmatch(sources.String(), -1) {
+		status, code := m[1]+m[4], m[5]
+		switch {
+		case code == "client_gone": // which no client gets
+			continue
+		case m[2] != "":
+			status = "400"
+		case m[3] != "":
+			status = "503"
+		case status == "status":
+			status = "4xx"
+		}
+		used[code] = true
+		if !strings.Contains(listed[code], status) {
+			t.Errorf("the code %s with status %s is missing; it is listed with %q", code, status, listed[code])
+		}
+	}
+	for code := range listed {
+		if !used[code] {
+			t.Errorf("there is no code %s", code)
+		}
+	}
+	if len(used) < 50 {
+		t.Errorf("only %d codes were found", len(used))
+	}
+	_, start, _ := strings.Cut(doc, "## The program does not start\n")
+	start, _, _ = strings.Cut(start, "\n## ")
+	messages := regexp.MustCompile("(?m)^\\| `([^`]+)` \\|").FindAllStringSubmatch(start, -1)
+	plain := strings.ReplaceAll(sources.String(), "\" +\n\t\t\t\"", "")
+	for _, m := range messages {
+		if !strings.Contains(plain, m[1]) {
+			t.Errorf("no message has %q", m[1])
+		}
+	}
+	if len(messages) < 10 {
+		t.Errorf("only %d messages were found", len(messages))
+	}
+}
+
 // TestAuditDocNamesActions: docs/audit.md and openapi.yaml have every action of audit events.
 func TestAuditDocNamesActions(t *testing.T) {
 	t.Parallel()
@@ -182,12 +243,86 @@ func TestDocumentsNameFiles(t *testing.T) {
 				t.Errorf("%s names %s, which does not exist", name, m[1])
 			}
 		}
-		links := regexp.MustCompile(`\]\(([^)#:]+\.(?:md|yaml))(?:#[^)]*)?\)`)
-		for _, m := range links.FindAllStringSubmatch(text, -1) {
-			if _, err := os.Stat(filepath.Join(filepath.Dir(name), m[1])); err != nil {
-				t.Errorf("%s: a link to %s: %v", name, m[1], err)
+	}
+}
+
+// TestDocumentLinks: each relative link of a document, and each picture, leads to an existing file, and to a heading of
+// that file if it names one.
+func TestDocumentLinks(t *testing.T) {
+	t.Parallel()
+	documents, err := filepath.Glob("*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	more, err := filepath.Glob("*/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	documents = append(documents, more...)
+	slices.Sort(documents)
+	links := 0
+	for _, name := range documents {
+		text := withoutBlocks(mustReadFile(t, name))
+		link := regexp.MustCompile(`\]\(([^)\s]*)\)|<img src="([^"]*)"|^ *\[[^\]]+\]: (\S+)`)
+		for _, m := range link.FindAllStringSubmatch(text, -1) {
+			target := m[1] + m[2] + m[3]
+			if strings.HasPrefix(target, "https://") || strings.HasPrefix(target, "http://") {
+				continue
+			}
+			links++
+			path, heading, _ := strings.Cut(target, "#")
+			file := filepath.Join(filepath.Dir(name), path)
+			if path == "" {
+				file = name
+			}
+			if _, err := os.Stat(file); err != nil {
+				t.Errorf("%s: the link %s: %v", name, target, err)
+				continue
+			}
+			if heading != "" && !slices.Contains(headingAnchors(mustReadFile(t, file)), heading) {
+				t.Errorf("%s: the link %s: %s has no such heading", name, target, file)
 			}
 		}
+	}
+	if links < 120 {
+		t.Errorf("only %d links were found", links)
+	}
+}
+
+// withoutBlocks returns a document without its fenced and indented blocks and its `code`.
+func withoutBlocks(text string) string {
+	text = regexp.MustCompile("(?ms)^```.*?^```$").ReplaceAllString(text, "")
+	text = regexp.MustCompile("(?m)^    .*$").ReplaceAllString(text, "")
+	return regexp.MustCompile("`[^`\n]*`").ReplaceAllString(text, "code")
+}
+
+// headingAnchors returns the anchors that GitHub gives to the headings of a document.
+func headingAnchors(text string) (anchors []string) {
+	text = regexp.MustCompile("(?ms)^```.*?^```$").ReplaceAllString(text, "")
+	for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(text, -1) {
+		anchor := strings.ReplaceAll(strings.ToLower(m[1]), " ", "-")
+		anchor = regexp.MustCompile(`[^\p{L}\p{N}_-]`).ReplaceAllString(anchor, "")
+		for n, base := 1, anchor; slices.Contains(anchors, anchor); n++ {
+			anchor = base + "-" + strconv.Itoa(n)
+		}
+		anchors = append(anchors, anchor)
+	}
+	return anchors
+}
+
+// TestDocumentsCompose: the compose file of docs/quickstart.md can be read, and names its base URL with /v1.
+func TestDocumentsCompose(t *testing.T) {
+	t.Parallel()
+	_, block, _ := strings.Cut(mustReadFile(t, "docs/quickstart.md"), "\n```yaml\n")
+	block, _, _ = strings.Cut(block, "```")
+	root, err := readYAML(block)
+	if err != nil {
+		t.Fatal(err)
+	}
+	service := root.(map[string]any)["services"].(map[string]any)["open-webui"].(map[string]any)
+	environment := service["environment"].(map[string]any)
+	if !strings.HasSuffix(environment["OPENAI_API_BASE_URL"].(string), "/v1") || environment["OPENAI_API_KEY"] == nil {
+		t.Errorf("the environment is %v", environment)
 	}
 }
 

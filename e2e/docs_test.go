@@ -1,4 +1,5 @@
-// This file runs every command in a fenced sh block of the user documents, in order, against `llm-proxy demo`.
+// This file runs what the user documents show, against `llm-proxy demo`: every command in a fenced sh block, in order, and
+// the programs of the quick starts.
 package e2e
 
 import (
@@ -7,11 +8,14 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	_ "github.com/anthropics/anthropic-sdk-go" // a program of docs/quickstart.md uses it
 )
 
 // A demo is a running `llm-proxy demo`, with the URL and the credentials that it printed.
@@ -91,7 +95,7 @@ func TestDocuments(t *testing.T) {
 	tool(t, "curl")
 	tool(t, "bash")
 	block := regexp.MustCompile("(?s)\n```sh\n(.*?)\n```\n")
-	for _, name := range []string{"../README.md", "../docs/use.md"} {
+	for _, name := range []string{"../README.md", "../docs/use.md", "../docs/quickstart.md"} {
 		t.Run(name, func(t *testing.T) {
 			d := newDemo(t)
 			project, token := d.ids(t)
@@ -117,4 +121,53 @@ func TestDocuments(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestQuickstart runs each program of docs/quickstart.md with its library, and skips those whose library is not installed.
+// LLM_PROXY_PYTHON names a Python that has those of requirements.txt.
+func TestQuickstart(t *testing.T) {
+	d := newDemo(t)
+	heading := ""
+	ran := map[string]int{}
+	part := regexp.MustCompile("(?ms)^## (.*?)$|^```(\\w+)\n(.*?)\n```$")
+	for _, m := range part.FindAllStringSubmatch(read(t, "../docs/quickstart.md"), -1) {
+		if m[1] != "" {
+			heading = m[1]
+			continue
+		}
+		t.Run(heading, func(t *testing.T) {
+			var command []string
+			switch m[2] {
+			case "sh", "yaml": // TestDocuments runs the one; TestDocumentsCompose of the program reads the other
+				return
+			case "python":
+				if command = []string{os.Getenv("LLM_PROXY_PYTHON"), "-"}; command[0] == "" {
+					t.Skip("LLM_PROXY_PYTHON is not set")
+				}
+			case "js":
+				if _, err := os.Stat("node_modules/ai"); err != nil {
+					t.Skip("npm ci has not been run")
+				}
+				command = []string{"node", "--input-type=module", "-"}
+			case "go":
+				file := filepath.Join(t.TempDir(), "main.go")
+				if err := os.WriteFile(file, []byte(m[3]), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				command = []string{"go", "run", file}
+			default:
+				t.Fatalf("no test runs a block of %s", m[2])
+			}
+			tool(t, command[0])
+			cmd := exec.Command(command[0], command[1:]...)
+			cmd.Env = append(os.Environ(), "URL="+d.url, "TOKEN="+d.token)
+			cmd.Stdin = strings.NewReader(m[3])
+			out, err := cmd.CombinedOutput()
+			ran[m[2]]++
+			if err != nil || !strings.Contains(string(out), "demo") {
+				t.Errorf("%v\n%s", err, out)
+			}
+		})
+	}
+	t.Logf("programs that ran: %v", ran)
 }
