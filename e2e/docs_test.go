@@ -138,7 +138,7 @@ func TestQuickstart(t *testing.T) {
 		t.Run(heading, func(t *testing.T) {
 			var command []string
 			switch m[2] {
-			case "sh", "yaml": // TestDocuments runs the one; TestDocumentsCompose of the program reads the other
+			case "sh", "yaml": // TestDocuments runs the one; TestDocsCompose of the program reads the other
 				return
 			case "python":
 				if command = []string{os.Getenv("LLM_PROXY_PYTHON"), "-"}; command[0] == "" {
