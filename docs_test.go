@@ -93,8 +93,8 @@ func TestUseDocNamesErrors(t *testing.T) {
 	}
 }
 
-// TestDocsTroubleshooting: docs/troubleshooting.md has each error code of the program exactly once, with its status, and no
-// other code. Each message of a failed start that it quotes is in the sources.
+// TestDocsTroubleshooting: docs/troubleshooting.md has each error code of the program exactly once, with its status,
+// and no other code. Each message of a failed start that it quotes is in the sources.
 func TestDocsTroubleshooting(t *testing.T) {
 	t.Parallel()
 	doc := mustReadFile(t, "docs/troubleshooting.md")
