@@ -1,5 +1,5 @@
 // This file is the durable record of calls: their pending records, their rows when they have ended, group
-// commit, recovery and retention. One goroutine writes: it takes whatever is queued and commits it as one
+// commit and retention. One goroutine writes: it takes whatever is queued and commits it as one
 // transaction. It never drops a row: when the database fails it keeps the rows, retries and reports it
 // (healthy), so that calls are refused until it works again.
 package main
@@ -26,6 +26,8 @@ const (
 	// is the same for one call and for fifty, and the delay is over long before a provider answers.
 	largeBatchSize  = 8
 	largeBatchDelay = 200 * time.Microsecond
+	// maxCommitPause is how long a commit waits for more calls at most, with PostgreSQL; see commitPace.
+	maxCommitPause = 6 * time.Millisecond
 )
 
 // A newCompleteFunc returns a function that fills in what a lost row costs, and what it counts in limits with for_each.
@@ -41,6 +43,7 @@ type ledger struct {
 
 	mu              sync.Mutex
 	pending         *pendingBatch // nil: none
+	wakeSize        int           // of pending, with which the writer is woken
 	lastBatchBytes  int           // size of the last batch's JSON
 	settledEntries  []*ledgerEntry
 	sumOnlyRows     []*requestRow
@@ -70,7 +73,7 @@ const ledgerRefusal = "ledger_refusal"
 func openLedger(ctx context.Context, st *store, log *slog.Logger, box *outbox, newComplete newCompleteFunc,
 ) (*ledger, error) {
 	l := &ledger{store: st, writer: st.newLedgerWriter(), log: log, newComplete: newComplete, outbox: box,
-		wake: make(chan struct{}, 1), done: make(chan struct{}), outboxDone: make(chan struct{})}
+		wakeSize: 1, wake: make(chan struct{}, 1), done: make(chan struct{}), outboxDone: make(chan struct{})}
 	if err := l.recoverCalls(ctx); err != nil {
 		return nil, err
 	}
@@ -90,16 +93,16 @@ func (l *ledger) begin(row requestRow) *ledgerEntry {
 	var space [512]byte
 	record := row.appendPendingRecord(space[:0])
 	l.mu.Lock()
-	first := l.pending == nil
-	if first {
+	if l.pending == nil {
 		size := l.lastBatchBytes + l.lastBatchBytes/2
 		l.pending = &pendingBatch{done: make(chan struct{}), recordsJSON: make([]byte, 0, size)}
 	}
 	e.batch = l.pending
 	e.batch.add(row.id, record)
 	l.queuedCount++
+	wake := l.pending.size == l.wakeSize
 	l.mu.Unlock()
-	if first {
+	if wake {
 		l.kick()
 	}
 	return e
@@ -254,18 +257,16 @@ func (l *ledger) run() {
 		work := l.dequeue()
 		if work.pending != nil || len(work.settledEntries)+len(work.sumOnlyRows) > 0 {
 			began := time.Now()
-			l.delivering = work.kept
-			l.write(work.pending, work.settledEntries, work.sumOnlyRows)
-			if work.pending != nil {
-				close(work.pending.done)
-			}
+			l.writeWork(&work)
 			l.markCommitted(work)
 			if l.failing.Load() && !l.pause(ledgerRetryDelay) {
 				return
 			}
 			switch {
 			case work.pending != nil && l.store.backend != nil:
-				time.Sleep(pace.interval(began, work.pending.size) - time.Since(began))
+				if goal := pace.batchGoal(began, work.pending.size); goal > 1 {
+					l.awaitBatch(goal, began.Add(maxCommitPause), timer)
+				}
 			case work.pending != nil && work.pending.size >= largeBatchSize:
 				time.Sleep(largeBatchDelay)
 			default:
@@ -289,6 +290,44 @@ func (l *ledger) run() {
 		select {
 		case <-l.wake:
 		case <-timer.C:
+		}
+	}
+}
+
+// writeWork commits what was dequeued. With PostgreSQL, pending records have a transaction of their own, so that calls
+// do not wait for the rows of others.
+func (l *ledger) writeWork(work *ledgerWork) {
+	pending := work.pending
+	if pending != nil && l.store.backend != nil {
+		l.write(pending, nil, nil)
+		close(pending.done)
+		pending = nil
+	}
+	if l.delivering = work.kept; pending != nil || len(work.settledEntries)+len(work.sumOnlyRows) > 0 {
+		l.write(pending, work.settledEntries, work.sumOnlyRows)
+	}
+	if l.delivering = (outboxMark{}); pending != nil {
+		close(pending.done)
+	}
+}
+
+// awaitBatch waits until as many calls begin as goal says, but not longer than until a time.
+func (l *ledger) awaitBatch(goal int, until time.Time, timer *time.Timer) {
+	timer.Reset(time.Until(until))
+	for late := false; ; {
+		l.mu.Lock()
+		ready := late || l.flushing || l.closing || l.pending != nil && l.pending.size >= goal
+		if l.wakeSize = goal; ready {
+			l.wakeSize = 1
+		}
+		l.mu.Unlock()
+		if ready {
+			return
+		}
+		select {
+		case <-l.wake:
+		case <-timer.C:
+			late = true
 		}
 	}
 }
@@ -447,55 +486,6 @@ func (l *ledger) markRecovered() {
 	}
 	if l.refusalStored {
 		l.refusalStored = l.store.setSetting(context.Background(), ledgerRefusal, "") != nil
-	}
-}
-
-// recoverCalls records the calls that were running when a process died.
-func (l *ledger) recoverCalls(ctx context.Context) error {
-	recoverOne := func(ctx context.Context, w *ledgerWriter, replica int64) (int, error) {
-		return recoverLost(ctx, l.store, w, l.newComplete(ctx), replica)
-	}
-	var lost int
-	var err error
-	if l.store.backend != nil {
-		lost, err = l.store.backend.recoverClosed(ctx, recoverOne)
-	} else {
-		lost, err = recoverOne(ctx, l.writer, 0)
-	}
-	if lost > 0 {
-		l.log.Warn("calls were running when the program died; they are recorded as lost, with estimated usage",
-			"rows", lost)
-	}
-	return err
-}
-
-// recoverLost records the calls that were running when a replica died, with the estimates in their pending records, and
-// returns how many. The replica must be closed: see pendingRecords. It may be repeated after an error.
-func recoverLost(ctx context.Context, st *store, w *ledgerWriter, complete func(*requestRow) error, replica int64,
-) (total int, err error) {
-	for {
-		rows, err := st.pendingRecords(ctx, replica, 1000)
-		if err != nil {
-			return 0, err
-		}
-		if len(rows) == 0 {
-			return total, st.deletePending(ctx, replica)
-		}
-		records := make([]*requestRow, len(rows))
-		for i := range rows {
-			r := &rows[i]
-			records[i] = r
-			r.outcome, r.errorCode, r.source = outcomeLost, "process_died", usageEstimated
-			r.firstByteUS, r.attempts = -1, 1
-			r.requestedModel = r.model // the model that would have answered is unknown
-			if err := complete(r); err != nil {
-				return 0, err
-			}
-		}
-		if err := w.writeOrReduce(ctx, ledgerBatch{records: records}); err != nil {
-			return 0, fmt.Errorf("recording lost calls: %w", err)
-		}
-		total += len(rows)
 	}
 }
 

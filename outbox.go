@@ -1,8 +1,8 @@
 // This file keeps the rows of calls that have ended in a file while the database takes none of them. The ledger goes on
 // trying to write them from memory; the file is for the case that the program is killed before it succeeds. The next
 // start records what the file has, each call once, and removes it. Each line is signed with the key of the audit trail,
-// so the rows of another database, or of whoever can write to the directory, are refused. The file opens no secret,
-// and has no stored content of calls.
+// so the rows of another database, or of whoever can write to the directory, are refused. Calls that were running when
+// a process died are recorded here, too, as lost. The file opens no secret, and has no stored content of calls.
 package main
 
 import (
@@ -302,6 +302,55 @@ func removeOutbox(ctx context.Context, st *store, name string, ids ...string) er
 }
 
 // What a start records.
+
+// recoverCalls records the calls that were running when a process died.
+func (l *ledger) recoverCalls(ctx context.Context) error {
+	recoverOne := func(ctx context.Context, w *ledgerWriter, replica int64) (int, error) {
+		return recoverLost(ctx, l.store, w, l.newComplete(ctx), replica)
+	}
+	var lost int
+	var err error
+	if l.store.backend != nil {
+		lost, err = l.store.backend.recoverClosed(ctx, recoverOne)
+	} else {
+		lost, err = recoverOne(ctx, l.writer, 0)
+	}
+	if lost > 0 {
+		l.log.Warn("calls were running when the program died; they are recorded as lost, with estimated usage",
+			"rows", lost)
+	}
+	return err
+}
+
+// recoverLost records the calls that were running when a replica died, with the estimates in their pending records, and
+// returns how many. The replica must be closed: see pendingRecords. It may be repeated after an error.
+func recoverLost(ctx context.Context, st *store, w *ledgerWriter, complete func(*requestRow) error, replica int64,
+) (total int, err error) {
+	for {
+		rows, err := st.pendingRecords(ctx, replica, 1000)
+		if err != nil {
+			return 0, err
+		}
+		if len(rows) == 0 {
+			return total, st.deletePending(ctx, replica)
+		}
+		records := make([]*requestRow, len(rows))
+		for i := range rows {
+			r := &rows[i]
+			records[i] = r
+			r.outcome, r.errorCode, r.source = outcomeLost, "process_died", usageEstimated
+			r.firstByteUS, r.attempts = -1, 1
+			r.requestedModel = r.model // the model that would have answered is unknown
+			if err := complete(r); err != nil {
+				return 0, err
+			}
+		}
+		if err := w.writeOrReduce(ctx, ledgerBatch{records: records}); err != nil {
+			return 0, fmt.Errorf("recording lost calls: %w", err)
+		}
+		total += len(rows)
+	}
+}
 
 // recordOutbox records the rows in a file, and removes it. Rows that are recorded already are skipped: an earlier start
 // may have died before it removed the file, or another replica has recorded a call as lost. torn: the file ended within

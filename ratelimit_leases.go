@@ -53,6 +53,8 @@ const (
 	// the limit. Clients that call now and then need no round trip either.
 	spareFor   = 60_000 // milliseconds
 	spareShare = 10_000
+	// firstCalls is for how many calls a counter asks that has been used little so far.
+	firstCalls = 16
 	// recentSeconds is for how long a replica counts its use by the second in which calls began.
 	recentSeconds = 5
 	leaseReportMS = 2000 // what others need is known here after this time at the latest, if nothing else tells it
@@ -311,7 +313,7 @@ func (c *limitCounter) wanted(now int64) int64 {
 	if c.limit.metric == metricConcurrent {
 		n = (n + 1) / 2 // slots come back
 	}
-	spare := min(mulSat(4, g.lastTaken), c.limit.max/spareShare)
+	spare := min(mulSat(firstCalls, g.lastTaken), c.limit.max/spareShare)
 	if spare >= g.lastTaken && now-g.lastAt < spareFor && c.value == nil {
 		n = max(n, spare)
 	}
@@ -348,7 +350,7 @@ func (c *limitCounter) leaseItem(now int64, regular bool, ask *leaseAsk, recentF
 			kept = 0
 		}
 		item.Least, item.Need, item.Asked = min(ask.least, ask.need-kept), ask.need-kept, ask.repeated
-		item.Want = max(wanted, mulSat(4, ask.need))
+		item.Want = max(mulSat(2, wanted), mulSat(firstCalls, ask.need))
 	case ask != nil && ask.need > 0:
 		kept, ask = unused, nil
 	case g.recalled:

@@ -20,6 +20,17 @@ type leaseTable struct {
 	replicas map[int64]*leaseReplica
 	made     int64 // incarnations
 	recalls  func(account string, asker int64)
+	observe  func(leaseStep)
+}
+
+// A leaseStep is something that was done to a table: an exchange, or with a name of an account in ended, its end for a
+// replica.
+type leaseStep struct {
+	replica, number int64
+	items           []leaseItem
+	replies         []leaseReply // none if it was refused
+	ended           string
+	final           int64
 }
 
 type leaseReplica struct {
@@ -40,12 +51,13 @@ var errModelFenced = errors.New("the replica is closed, or the exchange is late"
 
 func newLeaseTable() *leaseTable {
 	return &leaseTable{accounts: map[string]*leaseAccount{}, replicas: map[int64]*leaseReplica{},
-		recalls: func(string, int64) {}}
+		recalls: func(string, int64) {}, observe: func(leaseStep) {}}
 }
 
 func (t *leaseTable) exchange(replica, number int64, items []leaseItem) (out []leaseReply, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	defer func() { t.observe(leaseStep{replica: replica, number: number, items: items, replies: out}) }()
 	r := t.replicas[replica]
 	if r.closed || number <= r.number {
 		return nil, errModelFenced
@@ -213,11 +225,12 @@ func (acc *leaseAccount) grant(replica int64, own *leaseRow, i *leaseItem, now, 
 
 // end is lease_end.
 func (t *leaseTable) end(account string, replica, final int64) {
+	defer func() { t.observe(leaseStep{replica: replica, ended: account, final: final}) }()
 	acc := t.accounts[account]
-	l := acc.leases[replica]
-	if l == nil {
+	if acc == nil || acc.leases[replica] == nil {
 		return
 	}
+	l := acc.leases[replica]
 	delete(acc.leases, replica)
 	switch acc.kind {
 	case leaseOfWindow:

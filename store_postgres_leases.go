@@ -28,6 +28,18 @@ func (l *postgresLeases) backend(p *postgres) leaseBackend {
 		countRequests: l.countRequests, pastUse: l.pastUse}
 }
 
+const selectLeaseSync = `
+		SELECT o_item, o_status, coalesce(o_incarnation, 0), coalesce(o_window_start, 0), coalesce(o_spent, 0),
+			coalesce(o_unspent, 0), coalesce(o_others, 0), coalesce(o_free, 0), coalesce(o_level, 0),
+			coalesce(o_settled, false), coalesce(o_recalled, false)
+		FROM lease_sync(?::bigint, ?::bigint, ?::bigint, ?::text, ?::text)`
+
+// columns returns where the columns of selectLeaseSync belong.
+func (r *leaseReply) columns() []any {
+	return []any{&r.item, &r.status, &r.incarnation, &r.windowStart, &r.spent, &r.unspent, &r.others, &r.free,
+		&r.level, &r.settled, &r.recalled}
+}
+
 // exchange makes one exchange with the accounts. It is called by one goroutine only. It returns errFenced if this
 // process may not write any more.
 func (l *postgresLeases) exchange(ctx context.Context, items []leaseItem) ([]leaseReply, error) {
@@ -36,14 +48,7 @@ func (l *postgresLeases) exchange(ctx context.Context, items []leaseItem) ([]lea
 		return nil, err
 	}
 	l.number++
-	replies, err := collect(ctx, l.db, "exchanging leases", func(r *leaseReply) []any {
-		return []any{&r.item, &r.status, &r.incarnation, &r.windowStart, &r.spent, &r.unspent, &r.others, &r.free,
-			&r.level, &r.settled, &r.recalled}
-	}, `
-		SELECT o_item, o_status, coalesce(o_incarnation, 0), coalesce(o_window_start, 0), coalesce(o_spent, 0),
-			coalesce(o_unspent, 0), coalesce(o_others, 0), coalesce(o_free, 0), coalesce(o_level, 0),
-			coalesce(o_settled, false), coalesce(o_recalled, false)
-		FROM lease_sync(?::bigint, ?::bigint, ?::bigint, ?::text, ?::text)`,
+	replies, err := collect(ctx, l.db, "exchanging leases", (*leaseReply).columns, selectLeaseSync,
 		l.replica, l.epoch, l.number, l.channel(), string(text))
 	if err == nil && len(replies) < len(items) {
 		err = errFenced

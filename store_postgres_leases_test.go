@@ -1,10 +1,16 @@
 //go:build postgres
 
-// These tests check limits that several replicas share, with real replicas on one PostgreSQL database.
+// These tests check limits that several replicas share: with real replicas on one PostgreSQL database, and the
+// functions in the database against the model of ratelimit_leases_test.go.
 package main
 
 import (
+	"database/sql"
+	"encoding/json"
 	"fmt"
+	"math/rand/v2"
+	"net/url"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -42,4 +48,216 @@ func TestLeasesOfReplicas(t *testing.T) {
 			t.Errorf("%s: %d calls were answered, want %d", c.limit, n, c.want)
 		}
 	}
+}
+
+// A leaseMirror does in a database what is done to a leaseTable, and compares the two.
+type leaseMirror struct {
+	t     *testing.T
+	db    *sql.DB
+	table *leaseTable
+	name  string // of the case
+	steps int
+	epoch map[int64]int64 // of the replicas in the database
+}
+
+// newLeaseMirror returns a mirror with a clock that it sets.
+func newLeaseMirror(t *testing.T) *leaseMirror {
+	t.Helper()
+	address := newTestDatabase(t)
+	u, err := url.Parse(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Functions of public come before those of the same name that the server has.
+	connector, err := newPostgresConnector(testPostgresConfig(address), u,
+		map[string]string{"search_path": "public,pg_catalog"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &leaseMirror{t: t, db: sql.OpenDB(connector)}
+	m.db.SetMaxOpenConns(1)
+	t.Cleanup(func() { m.db.Close() })
+	m.exec(`CREATE TABLE test_clock (ms bigint NOT NULL);
+		INSERT INTO test_clock VALUES (0);
+		CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE
+			AS 'SELECT timestamptz ''epoch'' + ms * interval ''1 millisecond'' FROM public.test_clock'`)
+	return m
+}
+
+func (m *leaseMirror) exec(query string, args ...any) {
+	m.t.Helper()
+	if _, err := m.db.Exec(query, args...); err != nil {
+		m.t.Fatalf("%s: %v", m.name, err)
+	}
+}
+
+// follow makes the database as empty as a table is, and does what is done to that from now on.
+func (m *leaseMirror) follow(name string, table *leaseTable) {
+	m.t.Helper()
+	m.exec(`TRUNCATE limit_accounts, limit_leases, lease_exchanges, replicas CASCADE;
+		ALTER SEQUENCE limit_incarnations RESTART`)
+	m.name, m.table, m.steps, m.epoch = name, table, 0, map[int64]int64{}
+	table.observe = m.step
+}
+
+// step repeats a step in the database.
+func (m *leaseMirror) step(s leaseStep) {
+	m.t.Helper()
+	m.steps++
+	m.exec(`UPDATE test_clock SET ms = ?`, m.table.now)
+	for id, r := range m.table.replicas {
+		if m.epoch[id] == 0 {
+			m.exec(`INSERT INTO replicas (id, version, started_at, slot, epoch) VALUES (?, 'test', 0, ?, 1)`, id, id)
+			m.epoch[id] = 1
+		}
+		if r.closed && m.epoch[id] == 1 {
+			m.exec(`UPDATE replicas SET epoch = 2, closed_at = 1 WHERE id = ?`, id)
+			m.epoch[id] = 2
+		}
+	}
+	if s.ended != "" {
+		m.exec(`SELECT lease_end(?::text, ?::bigint, ?::bigint)`, s.ended, s.replica, s.final)
+		m.compare(s.ended)
+		return
+	}
+	items, err := json.Marshal(s.items)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	replies, err := collect(m.t.Context(), m.db, "exchanging", (*leaseReply).columns, selectLeaseSync,
+		s.replica, int64(1), s.number, "test", string(items))
+	if err != nil {
+		m.t.Fatalf("%s, step %d: %v", m.name, m.steps, err)
+	}
+	want := slices.Clone(s.replies)
+	for _, list := range [][]leaseReply{want, replies} {
+		for i := range list { // no more of those is used
+			switch r := &list[i]; r.status {
+			case leaseNeedsBase, leaseWindowEarly:
+				*r = leaseReply{item: r.item, status: r.status}
+			case leaseWindowOver:
+				*r = leaseReply{item: r.item, status: r.status, windowStart: r.windowStart}
+			}
+		}
+	}
+	if !slices.Equal(replies, want) {
+		m.t.Fatalf("%s, step %d: for %s\nthe database answers %+v,\nthe model          %+v", m.name, m.steps, items,
+			replies, want)
+	}
+	for _, i := range s.items {
+		m.compare(i.Account)
+	}
+}
+
+// compare compares an account in the database with the one in the table.
+func (m *leaseMirror) compare(account string) {
+	m.t.Helper()
+	var want, got string
+	if acc := m.table.accounts[account]; acc != nil {
+		want = fmt.Sprint(acc.incarnation, acc.version, acc.max, acc.windowStart, acc.base, acc.level, acc.levelAt,
+			acc.recall, acc.recalledAt)
+		var ids []int64
+		for id := range acc.leases {
+			ids = append(ids, id)
+		}
+		slices.Sort(ids)
+		for _, id := range ids {
+			l := acc.leases[id]
+			want += fmt.Sprint(" | ", id, l.spent, l.unspent, l.busy, l.recent, l.recentFrom, l.seenRecall)
+		}
+	}
+	if err := m.db.QueryRow(`
+		SELECT coalesce((SELECT concat_ws(' ', incarnation, version, max, window_start, base, level, level_at, recall,
+				recalled_at) FROM limit_accounts WHERE account = ?1), '') ||
+			coalesce((SELECT string_agg(' | ' || concat_ws(' ', replica, spent, unspent, busy, recent, recent_from,
+				seen_recall), '' ORDER BY replica) FROM limit_leases WHERE account = ?1), '')`,
+		account).Scan(&got); err != nil {
+		m.t.Fatal(err)
+	}
+	if got != want {
+		m.t.Fatalf("%s, step %d, account %s: the database has\n%s, the model\n%s", m.name, m.steps, account, got, want)
+	}
+}
+
+// TestLeaseModelIsTheDatabase: the functions lease_sync and lease_end do what the model does with which TestLeaseModel
+// proves the limits: for the same exchanges of replicas, and for exchanges that no replica would make.
+func TestLeaseModelIsTheDatabase(t *testing.T) {
+	requirePostgres(t)
+	mirror := newLeaseMirror(t)
+	for seed := range uint64(12) {
+		m := newLeaseModel(seed)
+		mirror.follow(fmt.Sprintf("seed %d, %s", seed, m.limit), m.table)
+		for range 300 {
+			if err := m.step(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := m.quiesce(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for seed := range uint64(4) {
+		random := rand.New(rand.NewPCG(seed, 11))
+		table := newLeaseTable()
+		table.now = noon
+		for id := range int64(4) {
+			table.replicas[id+1] = &leaseReplica{}
+		}
+		mirror.follow(fmt.Sprintf("random items %d", seed), table)
+		for number := range int64(200) {
+			table.now += random.Int64N(400)
+			replica := 1 + random.Int64N(4)
+			if random.IntN(20) == 0 {
+				table.replicas[replica].closed = true
+				table.end(fmt.Sprint("account ", random.IntN(3)), replica, random.Int64N(30)-5)
+				table.replicas[replica].closed = false
+				if mirror.epoch[replica] == 2 {
+					mirror.exec(`UPDATE replicas SET epoch = 1, closed_at = NULL WHERE id = ?`, replica)
+					mirror.epoch[replica] = 1
+				}
+				continue
+			}
+			var items []leaseItem
+			for account := range int64(3) {
+				if random.IntN(3) > 0 {
+					items = append(items, randomLeaseItem(random, table, replica, account, int64(len(items))))
+				}
+			}
+			if len(items) > 0 {
+				_, _ = table.exchange(replica, number+1-random.Int64N(3)/2, items) // some are late
+			}
+		}
+	}
+}
+
+// randomLeaseItem returns an item for one of three accounts, each of another kind.
+func randomLeaseItem(random *rand.Rand, table *leaseTable, replica, account, index int64) leaseItem {
+	i := leaseItem{Index: index, Account: fmt.Sprint("account ", account), Project: 1, Rule: "{}", Kind: account,
+		Version: 1 + random.Int64N(4), Max: 20 + random.Int64N(20), Spent: random.Int64N(30) - 3,
+		Busy: random.Int64N(4), Recent: random.Int64N(5), RecentFrom: table.now - random.Int64N(5000),
+		Want: random.Int64N(9), Asked: random.IntN(2) == 0, Added: random.IntN(8) == 0}
+	i.Keep = i.Busy + random.Int64N(9)
+	if i.Kind == leaseOfWindow {
+		i.WindowStart = (table.now - table.now%10_000) - 10_000 + 10_000*random.Int64N(3)
+		i.WindowEnd = i.WindowStart + 10_000
+	} else {
+		i.WindowEnd = table.now + dayMS
+	}
+	if i.Kind == leaseOfBucket {
+		i.PeriodMS = 1000
+	}
+	if random.IntN(3) == 0 {
+		i.Least = 1 + random.Int64N(6)
+		i.Need = i.Least + random.Int64N(4)
+	}
+	if random.IntN(2) == 0 {
+		i.Base = new(random.Int64N(10))
+	}
+	if acc := table.accounts[i.Account]; acc != nil {
+		i.Incarnation = acc.incarnation * int64(random.IntN(10)/2%2)
+		if l := acc.leases[replica]; l != nil && random.IntN(4) > 0 {
+			i.Spent = l.spent + random.Int64N(5) - 1
+		}
+	}
+	return i
 }

@@ -6,8 +6,10 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"database/sql"
 	"embed"
+	"encoding/hex"
 	"fmt"
 	"io/fs"
 	"strings"
@@ -60,26 +62,91 @@ func (p *postgres) migrateOnce(ctx context.Context) error {
 		return fmt.Errorf("was made by a newer llm-proxy (schema %d, this binary supports %d); use that one, or "+
 			"restore a backup", version, supported)
 	}
-	problems, err := postgresDifferences(ctx, tx, version)
-	if err != nil {
+	checked, err := isCheckedSchema(ctx, tx, version)
+	if err != nil || checked && version == supported {
 		return err
 	}
-	if len(problems) > 0 {
-		return describePostgresProblems(problems, version)
+	if !checked {
+		problems, err := postgresDifferences(ctx, tx, version)
+		if err != nil {
+			return err
+		}
+		if len(problems) > 0 {
+			return describePostgresProblems(problems, version)
+		}
 	}
-	if version == supported {
-		return nil
+	if version < supported {
+		if _, err := tx.ExecContext(ctx, `SET LOCAL statement_timeout = 0`); err != nil {
+			return fmt.Errorf("preparing to migrate: %w", err)
+		}
+		if err := runPostgresSchema(ctx, tx, version, supported); err != nil {
+			return err
+		}
 	}
-	if _, err := tx.ExecContext(ctx, `SET LOCAL statement_timeout = 0`); err != nil {
-		return fmt.Errorf("preparing to migrate: %w", err)
-	}
-	if err := runPostgresSchema(ctx, tx, version, supported); err != nil {
+	if err := setCheckedSchema(ctx, tx, supported); err != nil {
 		return err
 	}
 	if err := tx.Commit(); err != nil {
 		return fmt.Errorf("committing: %w", err)
 	}
 	return nil
+}
+
+// isCheckedSchema reports whether the schema is one that was found to be what the schema files make. The comparison is
+// much work, so the database remembers a hash of what was compared. The doctor always compares.
+func isCheckedSchema(ctx context.Context, tx *sql.Tx, version int) (bool, error) {
+	if version == 0 {
+		return false, nil
+	}
+	known, err := queryValue[string](ctx, tx, "reading which schema was checked",
+		`SELECT coalesce(obj_description(to_regclass('schema_version'), 'pg_class'), '')`)
+	if err != nil || known == "" {
+		return false, err
+	}
+	sum, err := hashPostgresSchema(ctx, tx, version)
+	return sum == known, err
+}
+
+// setCheckedSchema remembers that the schema is what the schema files make.
+func setCheckedSchema(ctx context.Context, tx *sql.Tx, version int) error {
+	sum, err := hashPostgresSchema(ctx, tx, version)
+	if err != nil {
+		return err
+	}
+	_, err = tx.ExecContext(ctx, `SELECT set_config('llm_proxy.checked', ?, true)`, sum)
+	if err == nil {
+		_, err = tx.ExecContext(ctx, `DO $$ BEGIN
+			EXECUTE format('COMMENT ON TABLE schema_version IS %L', current_setting('llm_proxy.checked'));
+		END $$`)
+	}
+	if err != nil {
+		return fmt.Errorf("noting which schema was checked: %w", err)
+	}
+	return nil
+}
+
+// hashPostgresSchema returns a hash of the schema files up to a version, the version of the server, and what the
+// current schema contains.
+func hashPostgresSchema(ctx context.Context, tx *sql.Tx, version int) (string, error) {
+	h := sha256.New()
+	files, err := fs.Glob(postgresSchemaFiles, "schema/postgres/*.sql")
+	if err != nil {
+		return "", fmt.Errorf("listing the schema: %w", err)
+	}
+	for _, name := range files[:min(version, len(files))] {
+		text, err := postgresSchemaFiles.ReadFile(name)
+		if err != nil {
+			return "", fmt.Errorf("reading %s: %w", name, err)
+		}
+		fmt.Fprintf(h, "%d %s", len(text), text)
+	}
+	server, err := queryValue[string](ctx, tx, "reading the server's version", `SHOW server_version_num`)
+	if err != nil {
+		return "", err
+	}
+	found, err := listPostgresSchema(ctx, tx)
+	fmt.Fprintf(h, "%s %q", server, found)
+	return "schema checked " + hex.EncodeToString(h.Sum(nil)), err
 }
 
 // runPostgresSchema migrates the current schema from one version to another.

@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"net"
 	"strconv"
 	"strings"
@@ -276,26 +277,27 @@ func buildLedgerBatch(pending *pendingBatch, settled []*ledgerEntry, sums []*req
 	}
 }
 
-// A commitPace says how far apart commits of pending records begin. With PostgreSQL each is a transaction of a server
-// that others use, too. It belongs to one goroutine.
+// A commitPace says how many calls are to share a commit of pending records. With PostgreSQL each is a transaction of a
+// server that others use, too. It belongs to one goroutine.
 type commitPace struct {
-	since   time.Time
-	calls   int // since then
-	isBrisk bool
+	since time.Time
+	calls int // since then
+	goal  int
 }
 
-// interval counts calls whose records were committed from now on, and returns how long the next ones are to wait.
-func (p *commitPace) interval(now time.Time, calls int) time.Duration {
-	const brisk, pause = 600, 4500 * time.Microsecond // fewer calls a second share few commits, whatever they wait for
+// batchGoal counts calls whose records were committed from now on, and returns for how many the next commit is to wait:
+// those of 5 ms, or one, if that is too few to be worth it.
+func (p *commitPace) batchGoal(now time.Time, calls int) int {
+	const pause, brisk = 0.005, 600 // seconds; fewer calls a second share few commits, whatever they wait for
 	p.calls += calls
 	if d := now.Sub(p.since); d >= 100*time.Millisecond {
-		p.isBrisk = float64(p.calls) >= brisk*d.Seconds()
+		p.goal = 1
+		if rate := float64(p.calls) / d.Seconds(); rate >= brisk {
+			p.goal = int(math.Round(rate * pause))
+		}
 		p.since, p.calls = now, 0
 	}
-	if p.isBrisk {
-		return pause
-	}
-	return 0
+	return max(1, p.goal)
 }
 
 // Errors.

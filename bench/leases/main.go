@@ -51,7 +51,7 @@ func simulate(replicas int, limit, rate, latency float64) (r result) {
 				c := &all[i]
 				wanted := c.taken + c.before
 				if now-c.lastCall < spare {
-					wanted = max(wanted, min(4, float64(int(limit/part))))
+					wanted = max(wanted, min(16, float64(int(limit/part))))
 				}
 				if give := c.idle - wanted; give > 0 {
 					c.idle, free = c.idle-give, free+give
@@ -85,7 +85,7 @@ func simulate(replicas int, limit, rate, latency float64) (r result) {
 			}
 			add := 1.0
 			if now-recalled >= hot {
-				add = max(1, min(max(4, c.taken+c.before), share()))
+				add = max(1, min(max(16, 2*(c.taken+c.before)), share()))
 			}
 			c.idle, free = c.idle+add, free-add
 		}
