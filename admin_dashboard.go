@@ -365,7 +365,7 @@ func (d *dashData) tiles(q *dashQuery) []tile {
 		return tileDetail{unitCount.figure(float64(n)), text, link}
 	}
 	calls := count("Calls", unitCount, func(h *hourSum) int64 { return h.calls },
-		detail(now.errors[1], "refused by policy", q.callsURL("cause", string(errorClassPolicy))))
+		detail(now.errors[1], "refused", q.callsURL("cause", string(errorClassPolicy))))
 	if n := d.cacheSum().clientRetries; n > 0 {
 		calls.Details = append(calls.Details, detail(n, "retries of clients", ""))
 	}

@@ -410,7 +410,7 @@ func formatPointChange(v float64) string {
 	if v = math.Round(v*10) / 10; v == 0 {
 		return "±0"
 	}
-	return formatSigned(v) + " points"
+	return formatSigned(v) + " pts"
 }
 
 // formatPercentChange formats a change in percent. It returns "" if there is nothing to compare with.

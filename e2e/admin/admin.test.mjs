@@ -413,6 +413,69 @@ describe('the pages', { skip }, () => {
     }
   });
 
+  test('pointing at a chart shows the numbers of that time in all charts of the page', async () => {
+    const plain = await Visitor.start(browser, proxy.url, { javaScriptEnabled: false });
+    const visitor = await Visitor.start(browser, proxy.url, { hasTouch: true });
+    const { page } = visitor;
+    await (await call(proxy.token)).text();
+    await proxy.settled();
+    const path = `${proxy.url}/admin/dashboard?period=24h&by=model`;
+    for (const v of [plain, visitor]) {
+      await v.page.goto(`${proxy.url}/admin/sign-in`);
+      await v.signIn(proxy.managementToken);
+      await v.page.goto(path);
+    }
+    assert.match(await plain.page.locator('.chart .slot title').last().textContent(), /UTC\np50: /);
+    assert.equal(await page.locator('.chart .slot title').count(), 0, 'no title covers the numbers');
+    const charts = await page.locator('.chart').count(), boxes = page.locator('.readout:visible');
+    assert.ok(charts >= 3);
+    const slots = page.locator('.chart').first().locator('.slot');
+    const lines = () => page.locator('.cross').evaluateAll((all) => all.map((l) => [l.getAttribute('x1'), l.getAttribute('visibility')].join()));
+    const inside = () => boxes.evaluateAll((all) => all.every((b) => { const box = b.getBoundingClientRect(); return box.left >= 0 && box.right <= innerWidth; }));
+
+    await slots.last().hover();
+    assert.equal(await boxes.count(), charts);
+    assert.match(await boxes.first().textContent(), /UTC.*gpt-4o-mini.*\d/s);
+    assert.match(await boxes.last().textContent(), /p50[\d.]+ m?sp95/);
+    assert.equal(new Set(await lines()).size, 1, 'the line is at the same time in all charts');
+    const last = (await lines())[0];
+    await slots.nth(3).hover({ force: true });
+    assert.notEqual((await lines())[0], last);
+    assert.match(await boxes.first().textContent(), /no data/);
+    await page.mouse.move(5, 5);
+    assert.equal(await boxes.count(), 0);
+
+    await page.locator('.chart').first().focus();
+    await page.keyboard.press('End');
+    assert.equal(await boxes.count(), charts);
+    assert.equal((await lines())[0], last);
+    await page.keyboard.press('ArrowLeft');
+    assert.notEqual((await lines())[0], last);
+    assert.match(await page.locator('.chart').first().getByRole('status').textContent(), /UTC; /);
+    assert.deepEqual(await visitor.violations(), []);
+    await page.keyboard.press('Escape');
+    assert.equal(await boxes.count(), 0);
+    await page.keyboard.press('End');
+    await page.keyboard.press('Enter');
+    await page.waitForURL(/\/admin\/requests\?from=/);
+
+    await page.setViewportSize({ width: 375, height: 700 });
+    await page.goto(path);
+    await slots.last().tap();
+    assert.equal(await boxes.count(), charts);
+    assert.ok(await inside());
+    assert.equal(page.url(), path, 'the first touch shows the numbers');
+    await slots.first().tap();
+    assert.ok(await inside());
+    await slots.last().tap();
+    await slots.last().tap();
+    await page.waitForURL(/\/admin\/requests\?from=/);
+    for (const v of [visitor, plain]) {
+      assert.deepEqual(v.problems, []);
+      await v.context.close();
+    }
+  });
+
   test('every page is sound at any width, in light and dark mode', async () => {
     const visitor = await Visitor.start(browser, proxy.url);
     const { page } = visitor;
