@@ -312,6 +312,7 @@ func isSortedHere(order string) bool {
 }
 
 func (ui *adminUI) tokensPage(r *pageRequest) (*pageResponse, error) {
+	r.query.Set("search", tokenSearch(r.query.Get("search")))
 	v := &tokensView{listView: r.newListView(), Project: r.query.Get("project_id"), States: tokenStates(),
 		Name: strings.TrimSpace(r.query.Get("name")), State: r.query.Get("state")}
 	for _, id := range []string{v.Search, v.Name} {
@@ -342,6 +343,14 @@ func (ui *adminUI) tokensPage(r *pageRequest) (*pageResponse, error) {
 		page.status, v.Tokens = http.StatusBadRequest, nil
 	}
 	return page, err
+}
+
+// tokenSearch returns what a search looks for: of a token's value, its id. The page does not repeat the rest of it.
+func tokenSearch(text string) string {
+	if public, ok := strings.CutPrefix(strings.TrimSpace(text), tokenPrefix); ok {
+		return "tok_" + public[:min(len(public), publicLen)]
+	}
+	return text
 }
 
 // sortsHere reports whether the page reads all matching tokens and sorts them.

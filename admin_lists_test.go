@@ -165,6 +165,28 @@ func TestSearchProjects(t *testing.T) {
 	check("(deleted")
 }
 
+// TestSearchTokenValue: a leaked token, or the beginning of one, is found by it, and the page does not repeat it.
+func TestSearchTokenValue(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	public := len(tokenPrefix) + publicLen
+	for _, text := range []string{p.token, " " + p.token[:public+5], p.token[:public]} {
+		res := b.get("/admin/tokens?search=" + url.QueryEscape(text))
+		if to := res.header.Get("Location"); res.status != 303 || to != "/admin/tokens/"+p.tokenID {
+			t.Errorf("%q: %d %s", text, res.status, to)
+		}
+	}
+	if res := b.get("/admin/tokens?search=" + p.token[:len(tokenPrefix)+4]); !strings.Contains(res.body, p.tokenID) {
+		t.Errorf("a part of the beginning: %d", res.status)
+	}
+	unknown := p.unknownCredential(tokenPrefix)
+	p.secrets = append(p.secrets, unknown)
+	if res := b.get("/admin/tokens?search=" + unknown); !strings.Contains(res.body, "No matching tokens") {
+		t.Errorf("an unknown token: %d %s", res.status, res.body)
+	}
+}
+
 // TestSearchCalls: a search for calls finds each word in any of what a list shows; all words must be found.
 func TestSearchCalls(t *testing.T) {
 	t.Parallel()
