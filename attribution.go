@@ -85,8 +85,9 @@ func (a *attribution) each(do func(attribute, value string)) {
 }
 
 // withEndUser returns a copy in which name is the end user: the keyed hash of it, or "" for nobody. A client may send
-// the end user as its session or in a tag, too; it has the same name there.
-func (a *attribution) withEndUser(name string) *attribution {
+// the end user as its session or in a tag, too; it has the same name there. The tags in fixed stay: they are the
+// token's own, and a client that names an end user after one must not leave its budget.
+func (a *attribution) withEndUser(name string, fixed tagList) *attribution {
 	if a == nil || a.endUser == "" {
 		return a
 	}
@@ -95,10 +96,13 @@ func (a *attribution) withEndUser(name string) *attribution {
 	if a.session == a.endUser {
 		named.session = name
 	}
-	named.tags = slices.DeleteFunc(slices.Clone(a.tags), func(t tag) bool { return t.value == a.endUser && name == "" })
-	for i, t := range named.tags {
-		if t.value == a.endUser {
-			named.tags[i].value = name
+	named.tags = nil
+	for _, t := range a.tags {
+		if t.value == a.endUser && fixed.value(t.key) == "" {
+			t.value = name
+		}
+		if t.value != "" {
+			named.tags = append(named.tags, t)
 		}
 	}
 	if named.session == "" && named.endUser == "" && len(named.tags) == 0 {
@@ -358,10 +362,7 @@ func splitUserJSON(field string) (user, session string) {
 // readTags returns the token's own tags and those of the header lines, sorted by key. If it returns an error, the list
 // has the token's own.
 func readTags(lines []string, project, token *attributionPolicy) (tagList, error) {
-	var own tagList
-	if token != nil {
-		own = token.FixedTags
-	}
+	own := token.fixedTags()
 	if len(lines) == 0 {
 		return own, nil
 	}
@@ -494,6 +495,14 @@ func allOf(list []string, ok func(string) bool) bool {
 
 func (p *attributionPolicy) allowsTag(key string) bool {
 	return p != nil && slices.Contains(p.Tags, key)
+}
+
+// fixedTags returns the tags that every call of a token has.
+func (p *attributionPolicy) fixedTags() tagList {
+	if p == nil {
+		return nil
+	}
+	return p.FixedTags
 }
 
 // allowedTags says which keys a client may send.

@@ -253,6 +253,27 @@ func TestAttributionHashed(t *testing.T) {
 	}
 }
 
+// TestAttributionFixedTags: a client cannot change or remove a tag of its token by an end user of the same text, which
+// is hashed or left out, and so cannot leave the budget of the tag.
+func TestAttributionFixedTags(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	awaitClearOfHour(10 * time.Second)
+	_, token := p.newToken(`"policy":{"attribution":{"required":["tag:team"],"fixed_tags":{"team":"search"}}}`)
+	for i, endUsers := range []string{endUsersHashed, endUsersOff, endUsersPlain} {
+		p.manage("PATCH", "/manage/projects/"+p.project, fmt.Sprintf(`{"policy":{"attribution":{"end_users":%q},
+			"limits":[{"count":"requests","max":%d,"per":"day","for_each":"tag:team"}]}}`, endUsers, i+1), 200, nil)
+		for n, want := range []int{200, 429} {
+			res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"search"`), "Content-Type", "application/json",
+				"Authorization", "Bearer "+token, "X-LLM-Proxy-Session", "search")
+			row := p.lastCall()
+			if res.status != want || row.Tags.value("team") != "search" || (row.Session == "search") != (i == 2) {
+				t.Errorf("%s %d: got %d and %s", endUsers, n, res.status, row.attributed())
+			}
+		}
+	}
+}
+
 // TestAttributionLost: a call that was running when the program died is on record with what it said.
 func TestAttributionLost(t *testing.T) {
 	t.Parallel()

@@ -87,7 +87,7 @@ func (p *proxy) readAttribution(c *call, header http.Header) error {
 				return hashErr
 			}
 		}
-		a = a.withEndUser(name)
+		a = a.withEndUser(name, token.fixedTags())
 	}
 	if c.attribution = a; err == nil && c.endpoint.meter != meterNone {
 		err = checkRequired(a, project, token)

@@ -194,7 +194,7 @@ func (rc *runningCalls) forgetEndUser(project string, matches func(name string) 
 			matches(info.attribution.value(endUserAttribute)) {
 			c.unnamed.Store(true)
 			shown := *info
-			shown.attribution = info.attribution.withEndUser("")
+			shown.attribution = info.attribution.withEndUser("", nil)
 			c.info.CompareAndSwap(info, &shown)
 		}
 	}

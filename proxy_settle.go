@@ -53,7 +53,7 @@ func (p *proxy) settle(c *call, r *http.Request) {
 			"request_id", c.requestID, "upstream", c.upstream.id)
 	}
 	if c.unnamed.Load() {
-		row.attribution = row.attribution.withEndUser("")
+		row.attribution = row.attribution.withEndUser("", nil)
 	}
 	row.limitHit, row.wouldRefuse = c.reservation.monitorOnlyLimit, c.reservation.monitorOnlyLimit != ""
 	if reason := abortCause(c.ctx); reason != nil && reason.limit != "" {
