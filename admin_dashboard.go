@@ -157,7 +157,8 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 			return err
 		},
 		func() (err error) {
-			if d.expiring, err = s.expiringTokens(ctx, q.now, q.now+7*dayMS, maxExpiringTokens); err != nil {
+			if d.expiring, err = s.expiringTokens(ctx, expiringToken{expiresAt: q.now}, q.now+7*dayMS,
+				maxExpiringTokens); err != nil {
 				return err
 			}
 			d.unhealthyUpstreams, err = s.unhealthyUpstreams(ctx, q.now, maxAlertsPerKind)

@@ -173,11 +173,11 @@ func (ops *operations) testWebhook(ctx context.Context, origin auditOrigin, id s
 	if err != nil {
 		return deliveryRow{}, err
 	}
-	msg := newNotification(eventTest, origin.at, notificationData{
-		Summary: "This is a test of the webhook " + w.name + "."})
-	d, err := ops.store.addTest(ctx, origin, &w, msg, origin.at+deliveryLeaseMS, newDeliveryID())
-	if err == nil && d.state == deliveryPending {
-		err = ops.notifier.sendClaimed(ctx, &w, &d)
+	now := ops.notifier.now()
+	msg := newNotification(eventTest, now, notificationData{Summary: "This is a test of the webhook " + w.name + "."})
+	d, err := ops.store.addTest(ctx, origin, &w, msg, now+deliveryLeaseMS, newDeliveryID())
+	if err == nil && d.state == deliveryPending { // the result is recorded also if the caller has left
+		err = ops.notifier.sendClaimed(context.WithoutCancel(ctx), &w, &d)
 	}
 	return d, err
 }
@@ -190,7 +190,7 @@ func (ops *operations) redeliver(ctx context.Context, origin auditOrigin, id, de
 	}
 	d, err := ops.store.deliveryByID(ctx, w.seq, deliveryID)
 	if err == nil {
-		err = ops.store.redeliver(ctx, origin, &w, &d, origin.at+deliveryGiveUpMS)
+		err = ops.store.redeliver(ctx, origin, &w, &d, ops.notifier.now())
 	}
 	if err != nil {
 		return deliveryRow{}, err

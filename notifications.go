@@ -15,6 +15,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -47,7 +48,7 @@ func (u *limitUseState) reached(now int64) (percent int64, marks []mark) {
 		until = u.windowEnd + dayMS
 	}
 	for _, p := range limitThresholds() {
-		if u.used/l.max*100+u.used%l.max*100/l.max < p {
+		if u.used < l.max/100*p+(l.max%100*p+99)/100 {
 			break
 		}
 		percent = p
@@ -96,7 +97,8 @@ type notifier struct {
 	hooks    []webhookRow        // the active ones, as last read
 	noticed  map[string]struct{} // marks that are set in the database, as far as known
 	until    notifiedUntil
-	slowAt   int64         // when checkSlowly ran last
+	slowAt   int64         // when it last looked for what need not be noticed within seconds
+	isIdle   bool          // there is no active webhook, and the database knows
 	alarm    *notification // about the ledger; nil: none, or it is queued
 	directAt int64         // when the alarm was last sent past the queue
 }
@@ -126,47 +128,55 @@ func (n *notifier) watch(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case now := <-tick.C:
-			if err := n.check(ctx, now.UnixMilli()); err != nil && ctx.Err() == nil && n.ledger.healthy() {
+		case <-tick.C:
+			if err := n.check(ctx, n.now()); err != nil && ctx.Err() == nil && n.ledger.healthy() {
 				n.log.Warn("events for webhooks could not be looked for", "error", err)
 			}
 		}
 	}
 }
 
-// check looks for events once.
+// check looks for events once. now is by the clock of limits: no window may begin before it does for calls.
 func (n *notifier) check(ctx context.Context, now int64) error {
 	all, err := n.store.listWebhooks(ctx)
 	if err == nil {
-		n.hooks = slices.DeleteFunc(all, func(w webhookRow) bool { return !w.active })
+		n.hooks = slices.DeleteFunc(slices.Clone(all), func(w webhookRow) bool { return !w.active })
 		n.active.Store(len(n.hooks) > 0)
 	}
 	n.checkLedger(ctx, now)
 	if err != nil {
 		return err
 	}
-	if len(n.hooks) == 0 {
-		if n.until != (notifiedUntil{}) {
-			n.until = notifiedUntil{}
-			return n.store.forgetNotified(ctx)
-		}
-		return nil
+	isSlow := now-n.slowAt >= slowNotifyInterval
+	if isSlow {
+		n.slowAt = now
+		err = n.store.pruneWebhooks(ctx, now, all)
 	}
-	if n.until.At == 0 {
+	if len(n.hooks) == 0 {
+		if !n.isIdle { // also after a start: the process before may have ended before it noticed
+			n.until = notifiedUntil{}
+			err = errors.Join(err, n.store.forgetNotified(ctx))
+			n.isIdle = err == nil
+		}
+		return err
+	}
+	if n.isIdle = false; n.until.At == 0 {
 		if err := n.begin(ctx, now); err != nil {
 			return err
 		}
 	}
 	before := n.until.Audit
-	err = errors.Join(n.checkLiveLimits(ctx, now), n.checkForeignRows(ctx, now), n.checkTrail(ctx, now))
-	if now-n.slowAt >= slowNotifyInterval {
-		n.slowAt = now
-		err = errors.Join(err, n.checkSlowly(ctx, now))
+	err = errors.Join(err, n.checkLiveLimits(ctx, now), n.checkForeignRows(ctx, now), n.checkTrail(ctx, now))
+	if isSlow {
+		err = errors.Join(err, n.checkErrorShare(ctx, now), n.checkExpiry(ctx, now))
 	} else if n.until.Audit == before {
 		return err
 	}
 	return errors.Join(err, n.store.setNotifiedUntil(ctx, n.until))
 }
+
+// now returns the time by the clock that limits and all replicas share.
+func (n *notifier) now() int64 { return n.limits.now(time.Now()) }
 
 // begin goes on where an earlier process ended, and otherwise starts with what happens from now on.
 func (n *notifier) begin(ctx context.Context, now int64) error {
@@ -197,7 +207,7 @@ func (n *notifier) emit(ctx context.Context, now int64, eventType string, data n
 	if _, known := n.noticed[key]; known {
 		return nil
 	}
-	to := n.listening(eventType, only)
+	to := listeningTo(eventType, n.hooks, only)
 	if len(to) == 0 {
 		return nil
 	}
@@ -212,16 +222,6 @@ func (n *notifier) emit(ctx context.Context, now int64, eventType string, data n
 	}
 	n.noticed[key] = struct{}{}
 	return nil
-}
-
-// listening returns the webhooks that list a type and that only, if it is not nil, lets through.
-func (n *notifier) listening(eventType string, only func(*webhookRow) bool) (to []webhookRow) {
-	for i := range n.hooks {
-		if w := &n.hooks[i]; w.lists(eventType) && (only == nil || only(w)) {
-			to = append(to, *w)
-		}
-	}
-	return to
 }
 
 func newNotification(eventType string, now int64, data notificationData) *notification {
@@ -444,74 +444,67 @@ func (n *notifier) emitEntry(ctx context.Context, now int64, e *auditEntry) erro
 	return nil
 }
 
-// checkSlowly looks for what need not be noticed within seconds, and deletes what is old.
-func (n *notifier) checkSlowly(ctx context.Context, now int64) error {
-	errs := []error{n.checkErrorShare(ctx, now), n.checkExpiry(ctx, now)}
-	_, err := n.store.pruneNotifications(ctx, now, now-keepNotifications, 1000)
-	errs = append(errs, err)
-	for i := range n.hooks {
-		errs = append(errs, n.store.trimDeliveries(ctx, n.hooks[i].seq, keepDeliveries, 1000))
+// checkExpiry notifies of tokens that will expire, at the moment when 7 days or 1 day are left: not when a token is
+// made for less. If both have passed since the last check, the second counts.
+func (n *notifier) checkExpiry(ctx context.Context, now int64) error {
+	for _, c := range [...]struct{ days, atLeast int64 }{{7, 1}, {1, 0}} {
+		left := c.days * dayMS
+		after := expiringToken{seq: math.MaxInt64, expiresAt: max(n.until.At+left, now+c.atLeast*dayMS)}
+		for {
+			tokens, err := n.store.expiringTokens(ctx, after, now+left+1, expiringAtOnce)
+			if err != nil {
+				return err
+			}
+			for _, t := range tokens {
+				if after = t; t.createdAt > t.expiresAt-left-slowNotifyInterval {
+					continue
+				}
+				marks := []mark{{fmt.Sprintf("expiry|%s|%d|%d", t.id, t.expiresAt, c.days), t.expiresAt + dayMS}}
+				if err := n.emit(ctx, now, eventExpiry, t.event(now), marks, nil); err != nil {
+					return err
+				}
+			}
+			if len(tokens) < expiringAtOnce {
+				break
+			}
+		}
+	}
+	n.until.At = max(n.until.At+1, now)
+	return nil
+}
+
+// checkErrorShare notifies of projects whose calls fail, by the hour. Calls at its end are looked at in the next one.
+func (n *notifier) checkErrorShare(ctx context.Context, now int64) error {
+	var errs []error
+	for _, lp := range n.registry.liveProjects() {
+		p, before := lp.state.Load(), now-2*slowNotifyInterval
+		for hour := before - before%hourMS; hour <= now; hour += hourMS {
+			errs = append(errs, n.checkErrorsOf(ctx, now, p, hour))
+		}
 	}
 	return errors.Join(errs...)
 }
 
-// checkExpiry notifies of tokens that will expire, at the moment when 7 days or 1 day are left: not when a token is
-// made for less.
-func (n *notifier) checkExpiry(ctx context.Context, now int64) error {
-	checked := now
-	for _, days := range [...]int64{7, 1} {
-		left := days * dayMS
-		from := max(n.until.At, now-left) + left
-		tokens, err := n.store.expiringTokens(ctx, from+1, now+left+1, expiringAtOnce)
-		if err != nil {
-			return err
-		}
-		for _, t := range tokens {
-			if t.createdAt > t.expiresAt-left-slowNotifyInterval {
-				continue
-			}
-			text := pluralize(days, "day", "days")
-			data := notificationData{TokenID: t.id, TokenName: t.name, ProjectID: t.projectID, ProjectName: t.project,
-				ExpiresAt: new(timestamp(t.expiresAt)),
-				Summary:   fmt.Sprintf("The token %s of the project %s expires in %s.", t.name, t.project, text)}
-			key := fmt.Sprintf("expiry|%s|%d|%d", t.id, t.expiresAt, days)
-			if err := n.emit(ctx, now, eventExpiry, data, []mark{{key, t.expiresAt + dayMS}}, nil); err != nil {
-				return err
-			}
-		}
-		if len(tokens) == expiringAtOnce { // the others follow
-			checked = min(checked, tokens[len(tokens)-1].expiresAt-left-1)
-		}
+// checkErrorsOf notifies of the calls of a project in an hour that failed, at each percentage that a webhook names.
+func (n *notifier) checkErrorsOf(ctx context.Context, now int64, p *projectState, hour int64) error {
+	sum, err := n.store.sumHours(ctx, p.seq, hour, hour+hourMS)
+	failed := sum.failed()
+	if err != nil || sum.calls < minErrorCalls {
+		return err
 	}
-	n.until.At = max(n.until.At+1, checked)
-	return nil
-}
-
-// checkErrorShare notifies of projects whose calls of this hour fail, at each percentage that a webhook names.
-func (n *notifier) checkErrorShare(ctx context.Context, now int64) error {
+	share := 100 * failed / sum.calls
+	data := notificationData{ProjectID: p.id, ProjectName: p.name, Percent: share, Calls: sum.calls, Errors: failed,
+		Summary: fmt.Sprintf("%d %% of the calls of the project %s in the hour from %s have failed: %d of %d.",
+			share, p.name, time.UnixMilli(hour).UTC().Format("15:04 UTC"), failed, sum.calls)}
 	var errs []error
-	hour := now - now%hourMS
-	for _, lp := range n.registry.liveProjects() {
-		p := lp.state.Load()
-		sum, err := n.store.sumHours(ctx, p.seq, hour, hour+hourMS)
-		failed := sum.failed()
-		if err != nil || sum.calls < minErrorCalls {
-			errs = append(errs, err)
+	for i := range n.hooks {
+		percent := n.hooks[i].errorPercent
+		if share < percent {
 			continue
 		}
-		share := 100 * failed / sum.calls
-		data := notificationData{ProjectID: p.id, ProjectName: p.name, Percent: share, Calls: sum.calls, Errors: failed,
-			Summary: fmt.Sprintf("%d %% of the calls of the project %s fail in this hour: %d of %d.",
-				share, p.name, failed, sum.calls)}
-		for i := range n.hooks {
-			percent := n.hooks[i].errorPercent
-			if share < percent {
-				continue
-			}
-			marks := []mark{{fmt.Sprintf("errors|%s|%d|%d", p.id, hour, percent), hour + dayMS}}
-			errs = append(errs, n.emit(ctx, now, eventErrors, data, marks,
-				func(w *webhookRow) bool { return w.errorPercent == percent }))
-		}
+		marks := []mark{{fmt.Sprintf("errors|%s|%d|%d", p.id, hour, percent), hour + dayMS}}
+		errs = append(errs, n.emit(ctx, now, eventErrors, data, marks,
+			func(w *webhookRow) bool { return w.errorPercent == percent }))
 	}
 	return errors.Join(errs...)
 }
@@ -527,7 +520,7 @@ func (n *notifier) checkLedger(ctx context.Context, now int64) {
 	if n.alarm == nil {
 		return
 	}
-	to := n.listening(eventLedger, nil)
+	to := listeningTo(eventLedger, n.hooks, nil)
 	if healthy {
 		marks := []mark{{"ledger|" + n.alarm.id, now + keepNotifications}}
 		if _, err := n.store.addNotification(ctx, n.alarm, marks, to, now+deliveryGiveUpMS, newDeliveryID); err == nil {
@@ -591,7 +584,7 @@ func (n *notifier) deliver(ctx context.Context) {
 
 // deliverTo sends what is due to a webhook.
 func (n *notifier) deliverTo(ctx context.Context, w *webhookRow) {
-	due, err := n.store.dueDeliveries(ctx, w.seq, time.Now().UnixMilli(), deliveriesAtOnce)
+	due, err := n.store.dueDeliveries(ctx, w.seq, n.now(), deliveriesAtOnce)
 	for i := 0; i < len(due) && err == nil && ctx.Err() == nil; i++ {
 		err = n.attempt(ctx, w, &due[i])
 	}
@@ -600,10 +593,10 @@ func (n *notifier) deliverTo(ctx context.Context, w *webhookRow) {
 	}
 }
 
-// attempt sends a delivery, unless another process does.
+// attempt sends a delivery, unless another process does, or the webhook has been changed: then it is soon read anew.
 func (n *notifier) attempt(ctx context.Context, w *webhookRow, d *deliveryRow) error {
-	now := time.Now().UnixMilli()
-	if ok, err := n.store.claimDelivery(ctx, d, now, now+deliveryLeaseMS); !ok || err != nil {
+	now := n.now()
+	if ok, err := n.store.claimDelivery(ctx, w, d, now, now+deliveryLeaseMS); !ok || err != nil {
 		return err
 	}
 	return n.sendClaimed(ctx, w, d)
@@ -613,7 +606,7 @@ func (n *notifier) attempt(ctx context.Context, w *webhookRow, d *deliveryRow) e
 func (n *notifier) sendClaimed(ctx context.Context, w *webhookRow, d *deliveryRow) error {
 	res := n.send(ctx, w, &d.of)
 	if res.problem == "" || ctx.Err() == nil { // otherwise this process ends, which says nothing of the receiver
-		d.record(res, time.Now().UnixMilli(), rand.Float64())
+		d.record(res, n.now(), rand.Float64())
 	}
 	if d.state == deliveryFailed {
 		n.log.Warn("a notification could not be delivered", "webhook", w.id, "delivery", d.id, "problem", d.problem)

@@ -8,7 +8,9 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"testing"
@@ -231,10 +233,10 @@ func TestNotificationsStored(t *testing.T) {
 		t.Fatal(due, err)
 	}
 	other := due[0]
-	if ok, err := p.instance.store.claimDelivery(ctx, &due[0], now, now+1000); !ok || err != nil {
+	if ok, err := p.instance.store.claimDelivery(ctx, &w, &due[0], now, now+1000); !ok || err != nil {
 		t.Error(ok, err)
 	}
-	if ok, err := p.instance.store.claimDelivery(ctx, &other, now, now+1000); ok || err != nil {
+	if ok, err := p.instance.store.claimDelivery(ctx, &w, &other, now, now+1000); ok || err != nil {
 		t.Error("two processes have the same delivery", err)
 	}
 	p.execSQL(`UPDATE webhooks SET is_active = TRUE`)
@@ -526,7 +528,7 @@ func TestNotificationBounds(t *testing.T) {
 	old := time.Now().UnixMilli() - 40*dayMS
 	for i := range maxPendingDeliveries + 2 {
 		if _, err := st.addNotification(ctx, newNotification(eventTest, old, notificationData{}),
-			[]mark{{fmt.Sprint(i), old + 1}}, []webhookRow{w}, old, newDeliveryID); err != nil {
+			[]mark{{fmt.Sprint(i), old + 1}}, []webhookRow{w}, old+50*dayMS, newDeliveryID); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -592,5 +594,171 @@ func TestWebhookRekey(t *testing.T) {
 	}
 	if _, err := in.store.reseal(ctx, systemOrigin(time.Now()), to, in.sealer, baseURLOrigin); err != nil {
 		t.Fatal(err) // the rest of the program has the old one
+	}
+}
+
+// queue queues a notification for a webhook at a time, as if it had been noticed then.
+func (p *testProxy) queue(hook *testHook, summary string, at int64) *notification {
+	p.t.Helper()
+	st := p.instance.store
+	w, err := st.webhookByID(p.t.Context(), strings.TrimPrefix(hook.path, "/manage/webhooks/"))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	msg := newNotification(eventTest, at, notificationData{Summary: summary})
+	if _, err = st.addNotification(p.t.Context(), msg, []mark{{msg.id, at + dayMS}}, []webhookRow{w},
+		at+deliveryGiveUpMS, newDeliveryID); err != nil {
+		p.t.Fatal(err)
+	}
+	return msg
+}
+
+// TestNotificationsAfterChange: what waits behind a slow receiver goes to the URL that the webhook has by then, and
+// what was not sent within a day is not sent late, however long the webhook was inactive.
+func TestNotificationsAfterChange(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	release := make(chan struct{})
+	hook := p.newHook(t, formatStandard, `,"is_active":false`)
+	hook.setScript(func(c *providerConn, _ recordedRequest) bool {
+		<-release
+		return c.reply(200, "")
+	})
+	next := p.newHook(t, formatStandard, `,"is_active":false`)
+	now := time.Now().UnixMilli()
+	late := p.queue(hook, "late", now-2*dayMS)
+	first := p.queue(hook, "1", now)
+	for range 3 {
+		p.queue(hook, "n", now+1)
+	}
+	p.manage("PATCH", hook.path, `{"is_active":true}`, 200, nil)
+	if r, _, _ := hook.await(1); r.header.Get("Webhook-Id") != first.id {
+		t.Errorf("got %s first", r.body)
+	}
+	p.manage("PATCH", hook.path, `{"url":`+quote(next.url+next.target)+`}`, 200, nil)
+	close(release)
+	next.await(3)
+	if n := len(hook.received()); n != 1 {
+		t.Errorf("the first URL got %d notifications", n)
+	}
+	p.checkAsOther(time.Now())
+	var log struct{ Data []shownDelivery }
+	p.manage("GET", hook.path+"/deliveries?state=failed", "", 200, &log)
+	if len(log.Data) != 1 || log.Data[0].MessageID != late.id || log.Data[0].Problem != "was not sent in time" {
+		t.Errorf("the log has %+v", log.Data)
+	}
+}
+
+// TestNotificationTimes: tokens that expire at one moment are all noticed, calls that fail at the end of an hour are
+// noticed after it, and nothing from the time without a webhook is.
+func TestNotificationTimes(t *testing.T) {
+	t.Parallel()
+	requireSQLite(t, "it adds rows in SQLite's dialect")
+	p := newTest(t, nil)
+	ctx := t.Context()
+	p.signIn(p.adminKey) // while there is no webhook
+	if err := p.instance.store.setNotifiedUntil(ctx, notifiedUntil{At: 1}); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	waitFor(t, "the end of what an earlier process remembered", func() bool {
+		_, err := p.instance.store.notifiedUntil(ctx)
+		return errors.Is(err, errNotFound)
+	})
+	hook := p.newHook(t, formatStandard, `,"events":["errors.high","sign_in.new_address"],"error_percent":20`)
+	waitFor(t, "the first check", func() bool {
+		_, err := p.instance.store.notifiedUntil(ctx)
+		return err == nil
+	})
+	awaitClearOfHour(20 * time.Second)
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { return c.reply(500, "{}") })
+	for range minErrorCalls {
+		p.chat()
+	}
+	p.waitSettled()
+	now := time.Now()
+	p.checkAsOther(now.Truncate(time.Hour).Add(time.Hour + 50*time.Second))
+	var log struct {
+		Data []struct{ Type, Summary string }
+	} // it is sent an hour later
+	p.manage("GET", hook.path+"/deliveries", "", 200, &log)
+	if len(log.Data) != 1 || log.Data[0].Type != eventErrors ||
+		!strings.Contains(log.Data[0].Summary, now.UTC().Format("from 15:00 UTC")+" have failed: 20 of 20.") {
+		t.Errorf("after the hour: %+v", log.Data)
+	}
+	const same = expiringAtOnce + 20
+	p.manage("PATCH", hook.path, `{"is_active":false,"events":["token.expiring"]}`, 200, nil)
+	p.execSQL(fmt.Sprintf(`WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < %d)
+		INSERT INTO tokens (id, project, name, hash, expires_at, created_at, updated_at)
+		SELECT 'tok_' || hex(randomblob(8)), 1, 'same', randomblob(32), %d, 1, 1 FROM n`,
+		same, now.Add(48*time.Hour).UnixMilli()))
+	in := p.instance
+	n := newNotifier(in.sealer, in.operations.limits, in.log.Logger, in.transport, true)
+	all, err := in.store.listWebhooks(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.hooks, n.until.At = all, now.UnixMilli()-6*dayMS // it had stopped for so long
+	for range 2 {
+		if err := n.checkExpiry(ctx, now.UnixMilli()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.manage("GET", hook.path+"/deliveries?limit=500", "", 200, &log)
+	if len(log.Data) != 500 || !strings.Contains(log.Data[0].Summary, "expires in 2 days") {
+		t.Errorf("%d deliveries, the last of %q", len(log.Data), log.Data[0].Summary)
+	}
+	count, err := queryValue[int](ctx, in.store.readDB, "counting notifications",
+		`SELECT count(*) FROM notifications WHERE type = 'token.expiring'`)
+	if err != nil || count != same {
+		t.Errorf("%d notifications of %d tokens: %v", count, same, err)
+	}
+}
+
+// TestWebhookTestAbandoned: the result of a test is recorded although who asked for it has left, and a delivery that is
+// gone is not queued again.
+func TestWebhookTestAbandoned(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	hook := p.newHook(t, formatStandard, "")
+	ctx, cancel := context.WithCancel(t.Context())
+	hook.setScript(func(c *providerConn, _ recordedRequest) bool {
+		cancel()
+		return c.reply(503, "")
+	})
+	ops, id := p.instance.operations, strings.TrimPrefix(hook.path, "/manage/webhooks/")
+	d, err := ops.testWebhook(ctx, systemOrigin(time.Now()), id)
+	if err != nil || d.state != deliveryFailed || d.attempts != 1 || d.status != 503 {
+		t.Errorf("got %+v, %v", d, err)
+	}
+	w, err := ops.store.webhookByID(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.manage("DELETE", hook.path, "", 200, nil)
+	seq := p.lastAuditSeq()
+	err = ops.store.redeliver(t.Context(), systemOrigin(time.Now()), &w, &d, dayMS)
+	if !errors.Is(err, errNotFound) || p.lastAuditSeq() != seq {
+		t.Errorf("a delivery that is gone: %v", err)
+	}
+}
+
+// TestLimitThresholds: a threshold is reached exactly there, whatever the limit.
+func TestLimitThresholds(t *testing.T) {
+	t.Parallel()
+	for _, c := range [...]struct{ max, used, want int64 }{
+		{1, 0, 0}, {1, 1, 100}, {2, 1, 50}, {3, 1, 0}, {3, 2, 50}, {10, 8, 80}, {101, 80, 50}, {101, 81, 80},
+		{10, 1 << 62, 100}, {1, math.MaxInt64, 100}, {0, 5, 0}, {100, 99, 80},
+		{maxLimitDollars * 1_000_000_000, maxLimitDollars * 950_000_000, 80},
+		{maxLimitDollars * 1_000_000_000, maxLimitDollars*1_000_000_000 - 1, 80},
+		{maxLimitDollars * 1_000_000_000, math.MaxInt64, 100},
+	} {
+		u := limitUseState{limit: &limit{metric: metricDollars, period: perMonth, max: c.max}, used: c.used}
+		if got, _ := u.reached(1); got != c.want {
+			t.Errorf("%d of %d: got %d %%, want %d %%", c.used, c.max, got, c.want)
+		}
 	}
 }

@@ -70,6 +70,16 @@ func (w *webhookRow) lists(eventType string) bool {
 	return len(types) == 0
 }
 
+// listeningTo returns the webhooks that list a type and that only, if it is not nil, lets through.
+func listeningTo(eventType string, all []webhookRow, only func(*webhookRow) bool) (to []webhookRow) {
+	for i := range all {
+		if w := &all[i]; w.lists(eventType) && (only == nil || only(w)) {
+			to = append(to, *w)
+		}
+	}
+	return to
+}
+
 // errTooManyWebhooks means that there are maxWebhooks already.
 var errTooManyWebhooks = errors.New("there are too many webhooks")
 
@@ -252,6 +262,14 @@ func (n *notification) summary() string {
 	return data.Summary
 }
 
+// event describes that the token will expire.
+func (t *expiringToken) event(now int64) notificationData {
+	days := (t.expiresAt - now + dayMS - 1) / dayMS
+	return notificationData{TokenID: t.id, TokenName: t.name, ProjectID: t.projectID, ProjectName: t.project,
+		ExpiresAt: new(timestamp(t.expiresAt)), Summary: fmt.Sprintf("The token %s of the project %s expires in %s.",
+			t.name, t.project, pluralize(days, "day", "days"))}
+}
+
 // notificationBody returns the body of a notification in a format.
 func notificationBody(format string, n *notification) ([]byte, error) {
 	summary := n.summary()
@@ -293,6 +311,8 @@ const (
 	knownAddressDays   = 90
 	minErrorCalls      = 20 // fewer calls in an hour are no sample
 	expiringAtOnce     = 500
+	pruneAtOnce        = 1000
+	pruneSteps         = 50 // at one time
 	maxNoticed         = 20_000
 	maxUsedTokens      = 10_000
 )
@@ -429,20 +449,23 @@ func queueNotification(ctx context.Context, tx querier, n *notification, webhook
 	return nil
 }
 
-// dueDeliveries returns up to limit deliveries of a webhook that are due and that no process is sending.
+// dueDeliveries returns up to limit deliveries of a webhook that are due and not too late, and that no process is
+// sending.
 func (s *store) dueDeliveries(ctx context.Context, webhook, now int64, limit int) ([]deliveryRow, error) {
 	return collect(ctx, s.readDB, "looking for deliveries", (*deliveryRow).columns, selectDeliveries+`
-		WHERE d.webhook = ? AND d.state = 'pending' AND d.next_at <= ? AND d.leased_until <= ?
-		ORDER BY d.next_at, d.seq LIMIT ?`, webhook, now, now, limit)
+		WHERE d.webhook = ?1 AND d.state = 'pending' AND d.next_at <= ?2 AND d.leased_until <= ?2
+			AND d.give_up_at >= ?2
+		ORDER BY d.next_at, d.seq LIMIT ?3`, webhook, now, limit)
 }
 
-// claimDelivery reserves a delivery for this process until a time. It reports false if another process has it, or
-// it has changed since it was read.
-func (s *store) claimDelivery(ctx context.Context, d *deliveryRow, now, until int64) (bool, error) {
+// claimDelivery reserves a delivery for this process until a time. It reports false if another process has it, or if
+// it or the webhook has changed since it was read: no request goes to a URL that was replaced before.
+func (s *store) claimDelivery(ctx context.Context, w *webhookRow, d *deliveryRow, now, until int64) (bool, error) {
 	n, err := execCount(ctx, s.writeDB, "claiming a delivery", `
 		UPDATE deliveries SET leased_until = ?
-		WHERE seq = ? AND state = 'pending' AND attempts = ? AND leased_until = ? AND leased_until <= ?`,
-		until, d.seq, d.attempts, d.leasedUntil, now)
+		WHERE seq = ? AND state = 'pending' AND attempts = ? AND leased_until = ? AND leased_until <= ?
+			AND EXISTS (SELECT 1 FROM webhooks w WHERE w.seq = deliveries.webhook AND w.version = ?)`,
+		until, d.seq, d.attempts, d.leasedUntil, now, w.version)
 	d.leasedUntil = until
 	return n == 1, err
 }
@@ -471,14 +494,25 @@ func (s *store) deliveryByID(ctx context.Context, webhook int64, id string) (del
 		id, webhook)
 }
 
-// redeliver queues a delivery again, as if it were new.
-func (s *store) redeliver(ctx context.Context, origin auditOrigin, w *webhookRow, d *deliveryRow, giveUpAt int64,
-) error {
+// giveUpDeliveries ends the deliveries of a webhook that were not sent in time: it was inactive, or no process ran.
+func (s *store) giveUpDeliveries(ctx context.Context, webhook, now int64) error {
+	_, err := execCount(ctx, s.writeDB, "giving up deliveries", `
+		UPDATE deliveries SET state = 'failed', updated_at = ?1,
+			problem = CASE problem WHEN '' THEN 'was not sent in time' ELSE problem END
+		WHERE webhook = ?2 AND state = 'pending' AND give_up_at < ?1 AND leased_until <= ?1`, now, webhook)
+	return err
+}
+
+// redeliver queues a delivery again, as if it were new. It returns errNotFound if the delivery is gone.
+func (s *store) redeliver(ctx context.Context, origin auditOrigin, w *webhookRow, d *deliveryRow, now int64) error {
 	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
-		_, err := execCount(ctx, tx, "queueing a delivery again", `
+		n, err := execCount(ctx, tx, "queueing a delivery again", `
 			UPDATE deliveries SET state = 'pending', attempts = 0, next_at = ?, give_up_at = ?, problem = '',
 				updated_at = ?
-			WHERE seq = ?`, origin.at, giveUpAt, origin.at, d.seq)
+			WHERE seq = ?`, now, now+deliveryGiveUpMS, now, d.seq)
+		if err == nil && n == 0 {
+			err = errNotFound
+		}
 		return auditEvent{"webhook.redeliver", w.id, []auditField{{"delivery", d.id}}}, err
 	})
 }
@@ -495,6 +529,23 @@ func (s *store) addTest(ctx context.Context, origin auditOrigin, w *webhookRow, 
 		return auditEvent{"webhook.test", w.id, []auditField{{"delivery", deliveryID}}}, err
 	})
 	return d, err
+}
+
+// pruneWebhooks deletes what is old, and gives up deliveries that were not sent in time. webhooks are all, whether they
+// are active or not.
+func (s *store) pruneWebhooks(ctx context.Context, now int64, webhooks []webhookRow) error {
+	var errs []error
+	for i := range webhooks {
+		errs = append(errs, s.giveUpDeliveries(ctx, webhooks[i].seq, now),
+			s.trimDeliveries(ctx, webhooks[i].seq, keepDeliveries, pruneAtOnce))
+	}
+	for range pruneSteps {
+		n, err := s.pruneNotifications(ctx, now, now-keepNotifications, pruneAtOnce)
+		if errs = append(errs, err); n < pruneAtOnce {
+			break
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // pruneNotifications deletes up to limit each of: marks that are no longer needed, notifications from before a time

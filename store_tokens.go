@@ -463,15 +463,19 @@ type leaseBackend struct {
 
 // An expiringToken is a token that expires soon.
 type expiringToken struct {
+	seq                          int64
 	id, name, project, projectID string
 	expiresAt, createdAt         int64
 }
 
-// expiringTokens returns up to limit tokens that expire in from <= t < to, the first to expire first.
-func (s *store) expiringTokens(ctx context.Context, from, to int64, limit int) ([]expiringToken, error) {
+// expiringTokens returns up to limit tokens that expire after the token after (by time and then seq) and before to, the
+// first to expire first.
+func (s *store) expiringTokens(ctx context.Context, after expiringToken, to int64, limit int,
+) ([]expiringToken, error) {
 	return collect(ctx, s.readDB, "listing tokens that expire", func(t *expiringToken) []any {
-		return []any{&t.id, &t.name, &t.project, &t.projectID, &t.expiresAt, &t.createdAt}
-	}, `SELECT t.id, t.name, p.name, p.id, t.expires_at, t.created_at FROM tokens t JOIN projects p ON p.seq = t.project
-		WHERE t.revoked_at IS NULL AND t.expires_at >= ? AND t.expires_at < ? AND p.deleted_at IS NULL
-		ORDER BY t.expires_at LIMIT ?`, from, to, limit)
+		return []any{&t.seq, &t.id, &t.name, &t.project, &t.projectID, &t.expiresAt, &t.createdAt}
+	}, `SELECT t.seq, t.id, t.name, p.name, p.id, t.expires_at, t.created_at
+		FROM tokens t JOIN projects p ON p.seq = t.project
+		WHERE t.revoked_at IS NULL AND (t.expires_at, t.seq) > (?, ?) AND t.expires_at < ? AND p.deleted_at IS NULL
+		ORDER BY t.expires_at, t.seq LIMIT ?`, after.expiresAt, after.seq, to, limit)
 }
