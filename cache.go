@@ -1,9 +1,10 @@
-// This file is the response cache: the key of an answer, the answers in memory, and the writer that brings answers to
-// the disk, those first that were asked for again. policy.go decides which calls it covers, proxy_cache.go asks it. It
+// This file is the response cache: the answers in memory, and the writer that brings answers to the disk, those first
+// that were asked for again. policy.go decides which calls it covers, proxy_cache.go makes the key and asks it. It
 // knows no HTTP and has no SQL, and secrets.go seals what it stores. A cache that fails is a miss, never an error.
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -11,8 +12,8 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"log/slog"
-	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,24 +26,6 @@ import (
 
 // A cacheKey names an answer.
 type cacheKey [sha256.Size]byte
-
-// newCacheKey hashes everything that an answer depends on. Each part is preceded by its length, so that no other
-// parts give the same bytes. salt is a secret of this database: without it, nobody who has the database can check
-// whether some request was made.
-func newCacheKey(salt []byte, parts []string, body []byte) (key cacheKey) {
-	buf := make([]byte, 0, 1024)
-	buf = append(buf, salt...)
-	buf = binary.BigEndian.AppendUint64(buf, uint64(len(parts)))
-	for _, p := range parts {
-		buf = binary.BigEndian.AppendUint64(buf, uint64(len(p)))
-		buf = append(buf, p...)
-	}
-	h := sha256.New()
-	h.Write(buf)
-	h.Write(body) // the last part: its length follows from the rest
-	h.Sum(key[:0])
-	return key
-}
 
 // id is the row of a key in the table cache.
 func (k *cacheKey) id() int64 { return int64(binary.BigEndian.Uint64(k[:8])) }
@@ -59,27 +42,32 @@ func (k *cacheKey) context(project int64) string {
 
 // A cachedAnswer is a complete answer. It never changes.
 type cachedAnswer struct {
+	answerHead
+	endpoint, model string // the endpoint's pattern, and the model that answered
+	data            []byte // a line for each name and each value of the header, in turn, and then the body
+}
+
+// An answerHead is the part of an answer that has no pointers.
+type answerHead struct {
 	key            cacheKey
-	project, token int64  // token is 0 if the tokens of the project share the answer
-	endpoint       string // its pattern
+	project, token int64 // token is 0 if the tokens of the project share the answer
 	cachedMeta
-	data   []byte // a line for each name and each value of the header, in turn, and then the body
-	bodyAt int    // where it begins
+	bodyAt int // where in data the body begins
 }
 
 // cachedMeta is what is stored of an answer beside its header and its body.
 type cachedMeta struct {
 	Stream    bool
-	Model     string // that answered
-	Cost      int64  // of the call to the provider, in nano-dollars; 0 if it is not known
-	TotalUS   int64  // how long that call took
-	StoredAt  int64  // unix milliseconds
+	Cost      int64 // of the call to the provider, in nano-dollars; 0 if it is not known
+	TotalUS   int64 // how long that call took
+	StoredAt  int64 // unix milliseconds
 	ExpiresAt int64
 }
 
-// storedMeta is cachedMeta with the header.
+// storedMeta is cachedMeta with the header and the model.
 type storedMeta struct {
 	Header []string // names and values in turn
+	Model  string
 	*cachedMeta
 }
 
@@ -104,13 +92,13 @@ func (a *cachedAnswer) header() []string {
 
 // row returns the answer's row, but for the answer itself.
 func (a *cachedAnswer) row() cacheRow {
-	return cacheRow{id: a.key.id(), project: a.project, token: a.token, model: a.Model, endpoint: a.endpoint,
+	return cacheRow{id: a.key.id(), project: a.project, token: a.token, model: a.model, endpoint: a.endpoint,
 		storedAt: a.StoredAt, expiresAt: a.ExpiresAt, size: a.size()}
 }
 
 // encode returns the answer in the form that is sealed: the length of the metadata, the metadata, the body.
 func (a *cachedAnswer) encode() ([]byte, error) {
-	meta, err := json.Marshal(storedMeta{a.header(), &a.cachedMeta})
+	meta, err := json.Marshal(storedMeta{a.header(), a.model, &a.cachedMeta})
 	if err != nil {
 		return nil, fmt.Errorf("encoding a cached answer: %w", err)
 	}
@@ -129,6 +117,7 @@ func (a *cachedAnswer) decode(b []byte) bool {
 	if json.Unmarshal(b[4:n], &meta) != nil || len(meta.Header)%2 != 0 {
 		return false
 	}
+	a.model = meta.Model
 	for _, text := range meta.Header {
 		a.data = appendHeaderLine(a.data, text)
 	}
@@ -137,49 +126,128 @@ func (a *cachedAnswer) decode(b []byte) bool {
 	return true
 }
 
-// A memoryEntry is an answer in memory. The cache's mu guards all but the answer.
+// Answers in memory.
+
+// A memoryEntry is what the cache knows of an answer in memory. It has no pointers: there are many, and the garbage
+// collector would look at each of them. The cache's mu guards it.
 type memoryEntry struct {
-	cachedAnswer
-	links       [2]entryLinks
-	waits       *entryList // of answers to be written, in which it is; nil: it is written, or never will be
-	recordedUse int64      // time of the last use that is on disk, or on its way there
+	answerHead
+	at, end         int    // of its data in the chunk
+	endpoint, model uint16 // their indexes in the names of the chunk
+	waits           writeState
+	gone            bool
+	recordedUse     int64 // time of the last use that is on disk, or on its way there
 }
 
-type entryLinks struct{ before, after *memoryEntry }
+// size returns the bytes that count of an answer.
+func (e *memoryEntry) size() int64 { return int64(e.end-e.at-e.bodyAt) + entryOverhead }
 
-// An entryList is a list of answers in memory. An answer is in two at most: one of each kind.
-type entryList struct {
-	kind        int // which links it uses
-	first, last *memoryEntry
+// A writeState says whether an answer waits to be written.
+type writeState uint8
+
+const (
+	notToWrite writeState = iota // it is written, or never will be
+	writeAgain                   // soon, because it was asked for again
+	writeOnce                    // when there is time, because it was asked for once
+	writeStates
+)
+
+// A memoryChunk has answers that came one after the other. They leave memory together, so no free space has to be
+// managed between them. Its bytes never change: an answer that was handed out stays what it is, even after it was
+// removed.
+type memoryChunk struct {
+	number  uint32        // one more than that of the chunk before
+	bytes   []byte        // the data of the answers
+	entries []memoryEntry // never moves
+	names   []string      // of endpoints and models
+	live    int           // entries that are not gone
+	waiting [writeStates]int
+	charge  int64 // the bytes that it counts as
 }
 
 const (
-	listOfUses   = iota
-	listOfWrites // that are to be made
+	memoryChunkBytes   = 256 << 10
+	memoryChunkEntries = memoryChunkBytes / entryOverhead
+	memoryEntryBytes   = 128      // about
+	largeAnswerBytes   = 64 << 10 // a larger answer has a chunk of its own
 )
 
-func (l *entryList) addFirst(e *memoryEntry) {
-	if e.links[l.kind] = (entryLinks{nil, l.first}); l.first != nil {
-		l.first.links[l.kind].before = e
-	} else {
-		l.last = e
+// newMemoryChunk returns a chunk with space for answers; if data is not nil, for the one answer that it is.
+func newMemoryChunk(data []byte) *memoryChunk {
+	m := &memoryChunk{bytes: data, entries: make([]memoryEntry, 0, 1)}
+	if data == nil {
+		m.bytes, m.entries = make([]byte, 0, memoryChunkBytes), make([]memoryEntry, 0, memoryChunkEntries)
 	}
-	l.first = e
+	m.charge = int64(cap(m.bytes) + cap(m.entries)*memoryEntryBytes)
+	return m
 }
 
-func (l *entryList) remove(e *memoryEntry) {
-	n := e.links[l.kind]
-	if n.before != nil {
-		n.before.links[l.kind].after = n.after
-	} else {
-		l.first = n.after
+// chunkOfOwn returns a chunk for a large answer, nil for a small one.
+func (a *cachedAnswer) chunkOfOwn() *memoryChunk {
+	switch n := len(a.data); {
+	case n <= largeAnswerBytes:
+		return nil
+	case cap(a.data)-n > n/8: // it came without a length
+		return newMemoryChunk(bytes.Clone(a.data))
+	default:
+		return newMemoryChunk(a.data)
 	}
-	if n.after != nil {
-		n.after.links[l.kind].before = n.before
-	} else {
-		l.last = n.before
+}
+
+// add adds an answer, for which there is space. A chunk for a single answer has its bytes already.
+func (m *memoryChunk) add(a *cachedAnswer) *memoryEntry {
+	at := 0
+	if cap(m.entries) > 1 {
+		at = len(m.bytes)
+		m.bytes = append(m.bytes, a.data...)
 	}
-	e.links[l.kind] = entryLinks{}
+	m.entries = append(m.entries, memoryEntry{answerHead: a.answerHead, at: at, end: at + len(a.data),
+		endpoint: m.nameIndex(a.endpoint), model: m.nameIndex(a.model)})
+	m.live++
+	return &m.entries[len(m.entries)-1]
+}
+
+func (m *memoryChunk) nameIndex(name string) uint16 {
+	i := slices.Index(m.names, name)
+	if i < 0 {
+		i = len(m.names)
+		m.names = append(m.names, strings.Clone(name))
+	}
+	return uint16(i) // two for each entry at most
+}
+
+func (m *memoryChunk) answer(e *memoryEntry) cachedAnswer {
+	return cachedAnswer{answerHead: e.answerHead, endpoint: m.names[e.endpoint], model: m.names[e.model],
+		data: m.bytes[e.at:e.end:e.end]}
+}
+
+// all returns the entries of the answers that are not gone.
+func (m *memoryChunk) all() iter.Seq[*memoryEntry] {
+	entries := m.entries
+	return func(yield func(*memoryEntry) bool) {
+		for i := range entries {
+			if e := &entries[i]; !e.gone && !yield(e) {
+				return
+			}
+		}
+	}
+}
+
+// setWaits says whether an answer waits to be written.
+func (m *memoryChunk) setWaits(e *memoryEntry, state writeState) {
+	m.waiting[e.waits]--
+	m.waiting[state]++
+	e.waits = state
+}
+
+// erase frees what the chunk has of answers that are gone, and keeps the others.
+func (m *memoryChunk) erase() {
+	kept := make([]byte, 0, cap(m.bytes))
+	for e := range m.all() {
+		kept = append(kept, m.bytes[e.at:e.end]...)
+		e.at, e.end = len(kept)-(e.end-e.at), len(kept)
+	}
+	m.bytes = kept
 }
 
 // The cache.
@@ -209,6 +277,9 @@ type cacheCounters struct {
 	waiting                           atomic.Int64 // now, for identical calls
 }
 
+// A memoryPlace is where an answer in memory is: the number of its chunk, and the index of its entry there.
+type memoryPlace struct{ chunk, entry uint32 }
+
 // A responseCache has the cached answers of all projects; newResponseCache makes one.
 type responseCache struct {
 	store    *store
@@ -219,18 +290,18 @@ type responseCache struct {
 	cacheCounters
 
 	mu          sync.Mutex
-	memory      map[int64]*memoryEntry // by the id of the key
-	recent      entryList              // the same, most recently used first
-	again       entryList              // those to be written because they were asked for again, the newest first
-	once        entryList              // those to be written when there is time
-	memoryBytes int64
-	onDisk      map[int64]struct{} // ids that the table may have; nil while they are not known
-	diskBytes   int64              // about
-	uses        map[int64]int64    // id -> time of use, to be written
+	memory      map[int64]memoryPlace // by the id of the key
+	chunks      []*memoryChunk        // the oldest first; their numbers are consecutive, and may wrap
+	open        *memoryChunk          // the one that takes answers; nil: none does
+	chunkBytes  int64                 // what the chunks count as
+	memoryBytes int64                 // of the answers in memory
+	onDisk      map[int64]struct{}    // ids that the table may have; nil while they are not known
+	diskBytes   int64                 // about
+	uses        map[int64]int64       // id -> time of use, to be written
 
 	purges  atomic.Int64  // an answer to a call that began before the last purge is not stored
 	writing sync.Mutex    // of the table; taken before mu
-	wake    chan struct{} // again has one
+	wake    chan struct{} // an answer is to be written soon
 	failing atomic.Bool   // the last write failed
 }
 
@@ -240,8 +311,7 @@ func newResponseCache(st *store, sealing *contentKey, log *slog.Logger, maxBytes
 		return nil, err
 	}
 	return &responseCache{store: st, sealing: sealing, salt: salt, log: log, maxBytes: maxBytes,
-		memory: map[int64]*memoryEntry{}, uses: map[int64]int64{},
-		again: entryList{kind: listOfWrites}, once: entryList{kind: listOfWrites}, wake: make(chan struct{}, 1)}, nil
+		memory: map[int64]memoryPlace{}, uses: map[int64]int64{}, wake: make(chan struct{}, 1)}, nil
 }
 
 // lookup returns the answer of a key, nil if there is none.
@@ -255,120 +325,158 @@ func (c *responseCache) lookup(ctx context.Context, key *cacheKey, project, now 
 	if a != nil || !maybe {
 		return a
 	}
-	e := c.read(ctx, key, project, now)
-	if e == nil {
+	if a = c.read(ctx, key, project, now); a == nil {
 		return nil
 	}
+	own := a.chunkOfOwn()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.purges.Load() != purges {
 		return nil
 	}
-	c.addToMemory(e)
+	c.addToMemory(a, own)
 	return c.fromMemory(key, now)
+}
+
+// inMemory returns the chunk and the entry of an answer, nil if it is not in memory. The caller has mu locked.
+func (c *responseCache) inMemory(id int64) (*memoryChunk, *memoryEntry) {
+	place, found := c.memory[id]
+	if !found {
+		return nil, nil
+	}
+	m := c.chunks[place.chunk-c.chunks[0].number]
+	return m, &m.entries[place.entry]
 }
 
 // fromMemory returns an answer that is in memory, nil if there is none. An answer that was not written so far is
 // written soon: it was asked for again. The caller has mu locked.
 func (c *responseCache) fromMemory(key *cacheKey, now int64) *cachedAnswer {
-	e := c.memory[key.id()]
+	m, e := c.inMemory(key.id())
 	if e == nil || e.key != *key {
 		return nil
 	}
 	if now >= e.ExpiresAt {
-		c.removeFromMemory(e)
+		c.removeFromMemory(m, e)
 		return nil
 	}
-	c.recent.remove(e)
-	c.recent.addFirst(e)
 	switch {
-	case e.waits == &c.once:
-		c.toBeWritten(e, &c.again)
-	case e.waits == nil && now-e.recordedUse >= cacheTouchEvery && len(c.uses) < maxCacheTouches:
+	case e.waits == writeOnce:
+		c.writeSoon(m, e)
+	case e.waits == notToWrite && now-e.recordedUse >= cacheTouchEvery && len(c.uses) < maxCacheTouches:
 		e.recordedUse = now
 		c.uses[key.id()] = now
 	}
-	return &e.cachedAnswer
+	a := m.answer(e)
+	if c.chunkBytes > memoryCacheBytes/2 && int(m.number-c.chunks[0].number) < len(c.chunks)/2 {
+		old := *e // it would leave memory soon, although it is used
+		m, e = c.addToMemory(&a, a.chunkOfOwn())
+		m.setWaits(e, old.waits)
+		e.recordedUse = old.recordedUse
+	}
+	return &a
 }
 
-// addToMemory puts an answer in the place of an earlier one, and removes those used longest ago. The caller has mu
-// locked.
-func (c *responseCache) addToMemory(e *memoryEntry) {
-	id := e.key.id()
-	if old := c.memory[id]; old != nil {
-		c.removeFromMemory(old)
+// addToMemory puts an answer in the place of an earlier one, and removes those that came longest ago and were not used
+// since. own is its chunkOfOwn. The caller has mu locked.
+func (c *responseCache) addToMemory(a *cachedAnswer, own *memoryChunk) (*memoryChunk, *memoryEntry) {
+	id := a.key.id()
+	if m, old := c.inMemory(id); old != nil {
+		c.removeFromMemory(m, old)
 	}
-	c.memory[id] = e
-	c.recent.addFirst(e)
+	m := cmp.Or(own, c.open)
+	if m == nil || own == nil && (len(m.entries) == cap(m.entries) || len(m.bytes)+len(a.data) > cap(m.bytes)) {
+		m = newMemoryChunk(nil)
+		c.open = m
+	}
+	if len(m.entries) == 0 {
+		c.addChunk(m)
+	}
+	e := m.add(a)
+	c.memory[id] = memoryPlace{m.number, uint32(len(m.entries) - 1)}
 	c.memoryBytes += e.size()
-	for c.memoryBytes > memoryCacheBytes {
-		last := c.recent.last
-		if last.waits == &c.again {
-			c.dropped.Add(1)
+	return m, e
+}
+
+// addChunk adds a chunk, and removes the oldest ones as long as there are too many. The caller has mu locked.
+func (c *responseCache) addChunk(m *memoryChunk) {
+	if n := len(c.chunks); n > 0 {
+		m.number = c.chunks[n-1].number + 1
+	}
+	c.chunks = append(c.chunks, m)
+	for c.chunkBytes += m.charge; c.chunkBytes > memoryCacheBytes && len(c.chunks) > 1; {
+		oldest := c.chunks[0]
+		for e := range oldest.all() {
+			if e.waits == writeAgain {
+				c.dropped.Add(1)
+			}
+			c.removeFromMemory(oldest, e)
 		}
-		c.removeFromMemory(last)
+		if c.open == oldest {
+			c.open = nil
+		}
+		c.chunks = slices.Delete(c.chunks, 0, 1)
+		c.chunkBytes -= oldest.charge
 	}
 }
 
 // removeFromMemory removes an answer, also from those to be written. The caller has mu locked.
-func (c *responseCache) removeFromMemory(e *memoryEntry) {
-	c.recent.remove(e)
-	c.toBeWritten(e, nil)
+func (c *responseCache) removeFromMemory(m *memoryChunk, e *memoryEntry) {
+	m.setWaits(e, notToWrite)
+	e.gone = true
 	delete(c.memory, e.key.id())
 	c.memoryBytes -= e.size()
+	if m.live--; m.live == 0 && m != c.open {
+		c.chunkBytes += entryOverhead - m.charge // its place remains, and so it counts something
+		m.bytes, m.entries, m.names, m.charge = nil, nil, nil, entryOverhead
+	}
 }
 
-// toBeWritten moves an answer to a list of those to be written, or with nil to none. The caller has mu locked.
-func (c *responseCache) toBeWritten(e *memoryEntry, list *entryList) {
-	if e.waits != nil {
-		e.waits.remove(e)
-	}
-	if e.waits = list; list != nil {
-		list.addFirst(e)
-	}
-	if list == &c.again {
-		select {
-		case c.wake <- struct{}{}:
-		default:
-		}
+// writeSoon has an answer written that was asked for again. The caller has mu locked.
+func (c *responseCache) writeSoon(m *memoryChunk, e *memoryEntry) {
+	m.setWaits(e, writeAgain)
+	select {
+	case c.wake <- struct{}{}:
+	default:
 	}
 }
 
 // read returns an answer from the disk, nil if there is none that can be used.
-func (c *responseCache) read(ctx context.Context, key *cacheKey, project, now int64) *memoryEntry {
+func (c *responseCache) read(ctx context.Context, key *cacheKey, project, now int64) *cachedAnswer {
 	ctx, cancel := context.WithTimeout(ctx, cacheReadTimeout)
 	defer cancel()
 	token, sealed, err := c.store.cachedAnswer(ctx, key.id(), project, now)
 	if err != nil {
 		return nil
 	}
-	e := &memoryEntry{cachedAnswer: cachedAnswer{key: *key, project: project, token: token}}
+	a := &cachedAnswer{answerHead: answerHead{key: *key, project: project, token: token}}
 	plain, err := c.sealing.openCached(key.context(project), sealed)
-	if err != nil || !e.decode(plain) || now >= e.ExpiresAt {
+	if err != nil || !a.decode(plain) || now >= a.ExpiresAt {
 		return nil
 	}
-	return e
+	return a
 }
 
 // put stores an answer in memory, unless something was purged since purges was read. It is written at once if it takes
-// the place of another, and otherwise when it is asked for again, or there is time.
-func (c *responseCache) put(e *memoryEntry, purges int64) {
+// the place of another, and otherwise when it is asked for again, or there is time. Memory has a copy of its data,
+// unless that is large.
+func (c *responseCache) put(a *cachedAnswer, purges int64) {
+	own := a.chunkOfOwn()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.purges.Load() != purges {
 		return
 	}
 	c.stored.Add(1)
-	_, replaces := c.onDisk[e.key.id()]
-	replaces = replaces || c.memory[e.key.id()] != nil
+	_, replaces := c.memory[a.key.id()] // whoever asked for it brought it there
+	m, e := c.addToMemory(a, own)
 	e.recordedUse = e.StoredAt
-	switch c.addToMemory(e); {
+	switch {
 	case e.size() > c.maxBytes:
 		c.dropped.Add(1)
 	case replaces:
-		c.toBeWritten(e, &c.again)
+		c.writeSoon(m, e)
 	default:
-		c.toBeWritten(e, &c.once)
+		m.setWaits(e, writeOnce)
 	}
 }
 
@@ -391,11 +499,11 @@ func (c *responseCache) run(ctx context.Context) {
 		case <-c.wake:
 			rest(ctx, cacheWriteDelay) // for others
 			for took := time.Nanosecond; took > 0 && ctx.Err() == nil; {
-				took = c.writeOne(ctx, &c.again, false)
+				took = c.writeOne(ctx, writeAgain, false)
 				rest(ctx, min(cacheRestFactor*took, cacheMaxRest))
 			}
 		case <-idle.C:
-			c.writeOne(ctx, &c.once, false)
+			c.writeOne(ctx, writeOnce, false)
 		case now := <-sweep.C:
 			c.sweep(ctx, now.UnixMilli())
 		}
@@ -404,8 +512,8 @@ func (c *responseCache) run(ctx context.Context) {
 
 // writeAll writes what is only in memory, until ctx is done.
 func (c *responseCache) writeAll(ctx context.Context) {
-	for _, list := range [...]*entryList{&c.again, &c.once} {
-		for ctx.Err() == nil && c.writeOne(ctx, list, true) > 0 {
+	for _, state := range [...]writeState{writeAgain, writeOnce} {
+		for ctx.Err() == nil && c.writeOne(ctx, state, true) > 0 {
 		}
 	}
 }
@@ -432,12 +540,12 @@ func rest(ctx context.Context, d time.Duration) {
 	}
 }
 
-// writeOne writes a batch of the answers in list, the oldest or the newest first, and returns how long that took; 0:
-// there were none.
-func (c *responseCache) writeOne(ctx context.Context, list *entryList, newestFirst bool) (took time.Duration) {
+// writeOne writes a batch of the answers in a state, the oldest or the newest first, and returns how long that took;
+// 0: there were none.
+func (c *responseCache) writeOne(ctx context.Context, state writeState, newestFirst bool) (took time.Duration) {
 	c.writing.Lock()
 	start := time.Now()
-	n, err := c.writeBatch(ctx, list, newestFirst)
+	n, err := c.writeBatch(ctx, state, newestFirst)
 	if n > 0 {
 		took = max(time.Since(start), 1)
 	}
@@ -456,31 +564,40 @@ func (c *responseCache) writeOne(ctx context.Context, list *entryList, newestFir
 	return took
 }
 
-// takeBatch takes answers from list, which the caller writes in one transaction: it is short enough for the ledger to
+// takeBatch takes answers in a state, which the caller writes in one transaction: it is short enough for the ledger to
 // wait for it. Answers that have expired are not written.
-func (c *responseCache) takeBatch(list *entryList, newestFirst bool) (batch []*memoryEntry, bytes int64) {
+func (c *responseCache) takeBatch(state writeState, newestFirst bool) (batch []cachedAnswer, bytes int64) {
 	now := time.Now().UnixMilli()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for len(batch) < cacheBatchEntries {
-		e := list.last
+	for i := range c.chunks {
+		m := c.chunks[i]
 		if newestFirst {
-			e = list.first
+			m = c.chunks[len(c.chunks)-1-i]
 		}
-		if e == nil || bytes > 0 && bytes+e.size() > cacheBatchBytes {
-			break
-		}
-		if c.toBeWritten(e, nil); now < e.ExpiresAt {
-			batch, bytes = append(batch, e), bytes+e.size()
-			e.recordedUse = now
+		for j := 0; j < len(m.entries) && m.waiting[state] > 0; j++ {
+			e := &m.entries[j]
+			if newestFirst {
+				e = &m.entries[len(m.entries)-1-j]
+			}
+			if e.waits != state {
+				continue
+			}
+			if len(batch) == cacheBatchEntries || bytes > 0 && bytes+e.size() > cacheBatchBytes {
+				return batch, bytes
+			}
+			if m.setWaits(e, notToWrite); now < e.ExpiresAt {
+				batch, bytes = append(batch, m.answer(e)), bytes+e.size()
+				e.recordedUse = now
+			}
 		}
 	}
 	return batch, bytes
 }
 
-// writeBatch writes answers of list in one transaction, and returns how many it took. The caller has writing locked.
-func (c *responseCache) writeBatch(ctx context.Context, list *entryList, newestFirst bool) (taken int, err error) {
-	batch, bytes := c.takeBatch(list, newestFirst)
+// writeBatch writes answers in a state in one transaction, and returns how many it took. The caller has writing locked.
+func (c *responseCache) writeBatch(ctx context.Context, state writeState, newestFirst bool) (taken int, err error) {
+	batch, bytes := c.takeBatch(state, newestFirst)
 	if len(batch) == 0 {
 		return 0, nil
 	}
@@ -503,11 +620,12 @@ func (c *responseCache) writeBatch(ctx context.Context, list *entryList, newestF
 }
 
 // seal returns the rows of answers.
-func (c *responseCache) seal(batch []*memoryEntry) (rows []cacheRow, err error) {
-	for _, e := range batch {
-		row, plain := e.row(), []byte(nil)
-		if plain, err = e.encode(); err == nil {
-			row.answer, err = c.sealing.sealCached(e.key.context(e.project), plain)
+func (c *responseCache) seal(batch []cachedAnswer) (rows []cacheRow, err error) {
+	for i := range batch {
+		a := &batch[i]
+		row, plain := a.row(), []byte(nil)
+		if plain, err = a.encode(); err == nil {
+			row.answer, err = c.sealing.sealCached(a.key.context(a.project), plain)
 		}
 		if row.usedAt = time.Now().UnixMilli(); err != nil {
 			return nil, err
@@ -577,120 +695,4 @@ func (c *responseCache) writeUses(ctx context.Context) {
 	if len(uses) > 0 {
 		_ = c.store.touchCached(ctx, uses) // otherwise they are deleted earlier than others
 	}
-}
-
-// purge deletes the answers that f describes, in memory and on disk, and returns how many. An answer that a running
-// call gets is not stored. Also if the disk fails, memory has none of them afterwards.
-func (c *responseCache) purge(ctx context.Context, f cacheFilter) (int64, error) {
-	c.writing.Lock()
-	defer c.writing.Unlock()
-	deleted := map[int64]struct{}{}
-	c.mu.Lock()
-	c.purges.Add(1)
-	for id, e := range c.memory {
-		if row := e.row(); f.matches(&row) {
-			deleted[id] = struct{}{}
-			c.removeFromMemory(e)
-		}
-	}
-	c.mu.Unlock()
-	err := c.purgeDisk(ctx, f, deleted)
-	return int64(len(deleted)), err
-}
-
-// purgeDisk deletes the answers that f describes on disk, and adds their ids to deleted. It looks for them where
-// nobody waits, and deletes few at a time: calls can be recorded in between. The caller has writing locked.
-func (c *responseCache) purgeDisk(ctx context.Context, f cacheFilter, deleted map[int64]struct{}) error {
-	after := cachePosition{token: f.token, size: -1}
-	if f.token == anyToken {
-		after.token = 1
-	}
-	for {
-		rows, err := c.store.cachedAfter(ctx, f.project, after, cachePurgePage)
-		if err != nil {
-			return err
-		}
-		var ids []int64
-		for i := range rows {
-			r := &rows[i]
-			if after = (cachePosition{r.token, r.size, r.id}); f.matches(r) {
-				ids = append(ids, r.id)
-			}
-		}
-		for batch := range slices.Chunk(ids, cacheBatchEntries) {
-			gone, bytes, err := c.store.deleteCached(ctx, batch)
-			if err != nil {
-				return err
-			}
-			for _, id := range gone {
-				deleted[id] = struct{}{}
-			}
-			c.forget(gone)
-			c.mu.Lock()
-			c.diskBytes -= bytes
-			c.mu.Unlock()
-			time.Sleep(time.Millisecond)
-		}
-		if len(rows) < cachePurgePage || f.token > 0 && after.token > f.token {
-			return nil
-		}
-	}
-}
-
-// purgeUnreachable purges answers that no call can get any more. What the disk keeps because of a failure expires.
-func (c *responseCache) purgeUnreachable(ctx context.Context, f cacheFilter) {
-	if _, err := c.purge(context.WithoutCancel(ctx), f); err != nil {
-		c.log.Warn("cached answers could not be deleted", "error", err)
-	}
-}
-
-// usage returns what is cached of a project, by model, the largest share first.
-func (c *responseCache) usage(ctx context.Context, project, now int64) ([]*cacheUsage, error) {
-	c.writing.Lock() // an answer that is being written is either in memory only or on disk
-	defer c.writing.Unlock()
-	onDisk, err := c.store.cacheUsage(ctx, project, now)
-	models := c.memoryUsage(project, now)
-	for _, u := range onDisk {
-		if m := models[u.model]; m != nil {
-			u.entries, u.bytes = u.entries+m.entries, u.bytes+m.bytes
-			u.oldestStoredAt = min(u.oldestStoredAt, m.oldestStoredAt)
-		}
-		models[u.model] = &u
-	}
-	all := slices.SortedFunc(maps.Values(models), func(a, b *cacheUsage) int {
-		return cmp.Or(cmp.Compare(b.bytes, a.bytes), cmp.Compare(a.model, b.model))
-	})
-	return all[:min(len(all), maxCacheModels)], err
-}
-
-// usageSum is usage without the models. It is faster.
-func (c *responseCache) usageSum(ctx context.Context, project, now int64) (entries, bytes int64, err error) {
-	c.writing.Lock()
-	defer c.writing.Unlock()
-	if entries, bytes, err = c.store.cacheSize(ctx, project); err != nil {
-		return 0, 0, err
-	}
-	for _, u := range c.memoryUsage(project, now) {
-		entries, bytes = entries+u.entries, bytes+u.bytes
-	}
-	return entries, bytes, nil
-}
-
-// memoryUsage returns what is only in memory of a project, by model.
-func (c *responseCache) memoryUsage(project, now int64) map[string]*cacheUsage {
-	models := map[string]*cacheUsage{}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for id, e := range c.memory {
-		_, onDisk := c.onDisk[id]
-		if e.project != project || now >= e.ExpiresAt || onDisk || e.waits == nil && c.onDisk == nil {
-			continue
-		}
-		u := getOrInsert(models, e.Model)
-		if u.model = e.Model; u.entries == 0 || e.StoredAt < u.oldestStoredAt {
-			u.oldestStoredAt = e.StoredAt
-		}
-		u.entries, u.bytes = u.entries+1, u.bytes+e.size()
-	}
-	return models
 }

@@ -259,6 +259,7 @@ func TestCacheKeyUnambiguous(t *testing.T) {
 		{nil, ""}, {[]string{""}, ""}, {[]string{"", ""}, ""}, {[]string{"ab", "c"}, ""}, {[]string{"a", "bc"}, ""},
 		{[]string{"abc"}, ""}, {[]string{"ab"}, "c"}, {nil, "abc"}, {[]string{"a", "b", "c"}, ""},
 		{[]string{"a\x00\x00\x00\x00\x00\x00\x00\x01b"}, ""}, {[]string{"a", "b"}, ""},
+		{[]string{"a\x01b"}, ""}, {[]string{"a"}, "\x01b"}, {[]string{strings.Repeat("a", 300)}, ""},
 	} {
 		key := newCacheKey(salt, c.parts, []byte(c.body))
 		if other, exists := seen[key]; exists {
@@ -596,7 +597,7 @@ func (p *testProxy) ageEntries(by time.Duration) {
 	c := p.instance.cache
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, e := range c.memory {
+	for _, e := range c.allInMemory() {
 		e.StoredAt -= by.Milliseconds()
 		e.ExpiresAt -= by.Milliseconds()
 	}
@@ -747,7 +748,7 @@ func TestCacheOneFlight(t *testing.T) {
 			}
 			c := p.instance.cache
 			c.mu.Lock()
-			if c.once.first != nil {
+			if c.countWaiting(writeOnce) != 0 {
 				t.Errorf("%s: the answer counts as one that was asked for once", what)
 			}
 			c.mu.Unlock()

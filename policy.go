@@ -531,6 +531,17 @@ var cacheFields = [...]string{
 	"generation_config",
 }
 
+// cacheFieldIndex returns the index in cacheFields of a name in any spelling, or -1.
+func cacheFieldIndex(key []byte) int {
+	for i, name := range &cacheFields {
+		if len(key) >= len(name) && (key[0]|0x20 == name[0] || key[0] >= utf8.RuneSelf) &&
+			strings.EqualFold(string(key), name) {
+			return i
+		}
+	}
+	return -1
+}
+
 // scanForCache reads a body that scanJSON, or with gemini scanGemini, has accepted.
 func scanForCache(body []byte, gemini bool) (scan cacheScan) {
 	s := bodyScanner{b: body, accepted: true}
@@ -538,10 +549,7 @@ func scanForCache(body []byte, gemini bool) (scan cacheScan) {
 	seen := [len(cacheFields)]bool{}
 	for more := s.enter('}'); more; more = s.next('}') {
 		key := s.readDecodedKey()
-		i := slices.IndexFunc(cacheFields[:], func(name string) bool {
-			return len(key) >= len(name) && (key[0]|0x20 == name[0] || key[0] >= utf8.RuneSelf) &&
-				strings.EqualFold(string(key), name)
-		})
+		i := cacheFieldIndex(key)
 		if i < 0 {
 			s.skipValue()
 			continue

@@ -1,12 +1,15 @@
 // This file connects a call to the response cache: whether the cache takes part, the key of its answer, waiting for an
-// identical call, replaying a cached answer, keeping a complete one, and what clients and providers say about caching.
+// identical call, replaying a cached answer, keeping a complete one. It also has what administrators see and delete.
 // It reads no secret, sends nothing to a provider and writes no row; settle records what happened.
 package main
 
 import (
-	"bytes"
+	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
+	"maps"
 	"net/http"
 	"slices"
 	"strconv"
@@ -20,19 +23,18 @@ import (
 // flights guards. nil: the cache takes no part in the call.
 type cachedCall struct {
 	policy     *cachePolicy
-	key        cacheKey
 	upstream   *upstream // the key is for its answers only
 	purges     int64     // of the cache, when the call asked it
 	directives cacheDirectives
-	status     string // Cache-Status without "; stored"
+	status     [1]string // the client's header Cache-Status
 
 	hit *cachedAnswer // the answer that the client gets; nil: the provider is called
 
-	mayStore bool   // the answer is stored if it turns out to be complete
-	storing  bool   // the head of the answer allows that, and so does its body so far
-	data     []byte // of the answer: header and body, see cachedAnswer
-	bodyAt   int
-	reserved int64 // of the call's body memory
+	answer   cachedAnswer // the provider's: the key, and what has come of header and body
+	mayStore bool         // it is stored if it turns out to be complete
+	storing  bool         // the head of the answer allows that, and so does its body so far
+	buffer   []byte       // of the proxy's pool, in which the answer is; nil: it is too large
+	reserved int64        // of the call's body memory
 	response *http.Response
 
 	lead flightLead
@@ -74,11 +76,11 @@ func (p *proxy) answerFromCache(c *call, w http.ResponseWriter, r *http.Request)
 	c.cached = u
 	c.lead.Store(&u.lead)
 	var space [32]string
-	u.key = newCacheKey(p.cache.salt, c.appendCacheKeyParts(space[:0], r.Header), c.body)
+	u.answer.key = newCacheKey(p.cache.salt, c.appendCacheKeyParts(space[:0], r.Header), c.body)
 	u.mayStore = true
 	now := time.Now().UnixMilli()
 	stored := p.cache.stored.Load()
-	a := p.cache.lookup(c.ctx, &u.key, c.project.seq, now)
+	a := p.cache.lookup(c.ctx, &u.answer.key, c.project.seq, now)
 	switch {
 	case a != nil && !u.directives.noCache && a.satisfies(&u.directives, now):
 		return p.replay(c, w, a, now, "")
@@ -101,7 +103,7 @@ func (p *proxy) answerFromCache(c *call, w http.ResponseWriter, r *http.Request)
 // false, and the call goes to the provider: others may wait for it then. The cache had no answer when stored was read.
 func (p *proxy) joinFlight(c *call, w http.ResponseWriter, now, stored int64) bool {
 	u := c.cached
-	f, alone := p.flights.join(&u.key, &u.lead)
+	f, alone := p.flights.join(&u.answer.key, &u.lead)
 	switch {
 	case f != nil:
 		a, err := p.awaitFlight(c, f)
@@ -112,11 +114,11 @@ func (p *proxy) joinFlight(c *call, w http.ResponseWriter, now, stored int64) bo
 		if a != nil {
 			p.cache.collapsed.Add(1)
 			now = time.Now().UnixMilli()
-			p.cache.lookup(c.ctx, &u.key, c.project.seq, now) // notes the use
+			p.cache.lookup(c.ctx, &u.answer.key, c.project.seq, now) // notes the use
 			return p.replay(c, w, a, now, "; detail=collapsed")
 		}
 	case !alone && p.cache.stored.Load() != stored: // perhaps by a call that ended meanwhile
-		if a := p.cache.lookup(c.ctx, &u.key, c.project.seq, now); a != nil {
+		if a := p.cache.lookup(c.ctx, &u.answer.key, c.project.seq, now); a != nil {
 			p.flights.end(&u.lead, a)
 			return p.replay(c, w, a, now, "")
 		}
@@ -178,8 +180,26 @@ const (
 )
 
 func (u *cachedCall) setStatus(h http.Header, status string) {
-	u.status = status
-	h["Cache-Status"] = []string{status}
+	u.status[0] = status
+	h["Cache-Status"] = u.status[:]
+}
+
+// newCacheKey hashes everything that an answer depends on. Each part is preceded by its length, so that no other
+// parts give the same bytes. salt is a secret of this database: without it, nobody who has the database can check
+// whether some request was made.
+func newCacheKey(salt []byte, parts []string, body []byte) (key cacheKey) {
+	buf := make([]byte, 0, 512)
+	buf = append(buf, salt...)
+	buf = binary.AppendUvarint(buf, uint64(len(parts)))
+	for _, p := range parts {
+		buf = binary.AppendUvarint(buf, uint64(len(p)))
+		buf = append(buf, p...)
+	}
+	h := sha256.New()
+	h.Write(buf)
+	h.Write(body) // the last part: its length follows from the rest
+	h.Sum(key[:0])
+	return key
 }
 
 // appendCacheKeyParts appends what the answer depends on beside the body. The project's version stands for its policy:
@@ -235,7 +255,7 @@ func (p *proxy) replay(c *call, w http.ResponseWriter, a *cachedAnswer, now int6
 		h[pair[0]] = append(h[pair[0]], pair[1])
 	}
 	ttl := strconv.FormatInt(max(0, a.ExpiresAt-now)/1000, 10)
-	u.setStatus(h, "llm-proxy; hit; ttl="+ttl+`; key="`+u.key.String()+`"`+detail)
+	u.setStatus(h, "llm-proxy; hit; ttl="+ttl+`; key="`+u.answer.key.String()+`"`+detail)
 	h["Age"] = []string{strconv.FormatInt(a.age(now), 10)}
 	h["Cache-Control"] = []string{"no-store"}
 	if a.Stream {
@@ -267,23 +287,23 @@ func (u *cachedCall) accept(p *proxy, c *call, res *http.Response, to http.Heade
 		return
 	}
 	u.storing, u.response = true, res
-	if u.status == cacheMiss {
-		to["Cache-Status"] = []string{cacheMissStore}
+	if u.status[0] == cacheMiss {
+		u.status[0] = cacheMissStore
 	} else {
-		to["Cache-Status"] = []string{u.status + cacheStored}
+		u.status[0] += cacheStored
 	}
-	var space [1 << 10]byte
-	head := space[:0]
+	if !u.grow(p, c, 1<<10+max(0, res.ContentLength)) { // a kilobyte for the header
+		return
+	}
+	data := u.answer.data
 	for name, values := range to {
 		if replaysHeader(name) {
 			for _, v := range values {
-				head = appendHeaderLine(appendHeaderLine(head, name), v)
+				data = appendHeaderLine(appendHeaderLine(data, name), v)
 			}
 		}
 	}
-	if u.bodyAt = len(head); u.grow(p, c, int64(len(head))+max(0, res.ContentLength)) {
-		u.data = append(u.data, head...)
-	}
+	u.answer.data, u.answer.bodyAt = data, len(data)
 }
 
 // replaysHeader reports whether an answer header describes the answer, and not the call that brought it.
@@ -302,12 +322,12 @@ func (u *cachedCall) add(p *proxy, c *call, b []byte) {
 	if u == nil || !u.storing {
 		return
 	}
-	if need := int64(len(u.data) + len(b)); need-int64(u.bodyAt) > u.policy.maxEntry() ||
-		need > int64(cap(u.data)) && !u.grow(p, c, max(need, 2*int64(cap(u.data)))) {
+	if need := int64(len(u.answer.data) + len(b)); need-int64(u.answer.bodyAt) > u.policy.maxEntry() ||
+		need > u.reserved && !u.grow(p, c, max(need, 2*u.reserved)) {
 		u.discard(p)
 		return
 	}
-	u.data = append(u.data, b...)
+	u.answer.data = append(u.answer.data, b...)
 }
 
 // grow makes space for n bytes of the answer. It returns false, and the answer is not stored, if BODY_MEMORY has none.
@@ -317,13 +337,29 @@ func (u *cachedCall) grow(p *proxy, c *call, n int64) bool {
 		return false
 	}
 	u.reserved = n
-	u.data = append(make([]byte, 0, n), u.data...)
+	switch data := u.answer.data; {
+	case n > int64(len(pooledBuffer{})):
+		u.answer.data = append(make([]byte, 0, n), data...)
+		u.returnBuffer(p)
+	case u.buffer == nil:
+		u.buffer = p.buffers.Get()
+		u.answer.data = u.buffer[:0]
+	}
 	return true
+}
+
+// returnBuffer gives back the buffer of the answer, which nobody uses any more.
+func (u *cachedCall) returnBuffer(p *proxy) {
+	if u.buffer != nil {
+		p.buffers.Put(u.buffer)
+		u.buffer = nil
+	}
 }
 
 // discard gives up storing the answer. Who waits for it goes on.
 func (u *cachedCall) discard(p *proxy) {
-	u.mayStore, u.storing, u.data, u.response = false, false, nil, nil
+	u.mayStore, u.storing, u.answer.data, u.response = false, false, nil, nil
+	u.returnBuffer(p)
 	p.flights.end(&u.lead, nil)
 }
 
@@ -337,7 +373,7 @@ func (p *proxy) settleCache(c *call, row *requestRow) {
 		return
 	}
 	if a := u.hit; a != nil {
-		row.cache, row.upstream, row.model, row.cost, row.priced = "hit", 0, a.Model, 0, true
+		row.cache, row.upstream, row.model, row.cost, row.priced = "hit", 0, a.model, 0, true
 		row.saved, row.savedUS = a.Cost, max(0, a.TotalUS-row.totalUS)
 		if c.alias != "" {
 			row.attemptLog = formatAttemptLog(attemptLine{Alias: c.alias, Model: c.upstream.mapModel(c.fields.model),
@@ -349,21 +385,22 @@ func (p *proxy) settleCache(c *call, row *requestRow) {
 		return
 	}
 	if !u.storing || !c.isWhole() {
-		p.flights.end(&u.lead, nil)
+		u.discard(p)
 		return
 	}
-	e := &memoryEntry{cachedAnswer: cachedAnswer{key: u.key, project: c.project.seq, endpoint: c.endpoint.pattern,
-		data: u.data, bodyAt: u.bodyAt, cachedMeta: cachedMeta{Stream: c.response.sse, Model: row.model,
-			Cost: row.cost, TotalUS: row.totalUS, StoredAt: c.times.settledAt.UnixMilli()}}}
-	if cap(u.data)-len(u.data) > len(u.data)/8 { // it came without a length
-		e.data = bytes.Clone(u.data)
-	}
-	e.ExpiresAt = e.StoredAt + u.policy.TTLSeconds*1000
+	a := &u.answer
+	a.project, a.endpoint, a.model = c.project.seq, c.endpoint.pattern, row.model
+	a.cachedMeta = cachedMeta{Stream: c.response.sse, Cost: row.cost, TotalUS: row.totalUS,
+		StoredAt: c.times.settledAt.UnixMilli()}
+	a.ExpiresAt = a.StoredAt + u.policy.TTLSeconds*1000
 	if u.policy.Scope == "token" {
-		e.token = c.tokenState.seq
+		a.token = c.tokenState.seq
 	}
-	p.cache.put(e, u.purges)
-	p.flights.end(&u.lead, &e.cachedAnswer)
+	p.cache.put(a, u.purges)
+	if awaited := p.flights.end(&u.lead, a); !awaited {
+		a.data = nil
+		u.returnBuffer(p)
+	}
 }
 
 // isWhole reports whether the call has a complete answer without an error that others may get.
@@ -373,7 +410,7 @@ func (c *call) isWhole() bool {
 		abortCause(c.ctx) != nil || len(c.cached.response.Trailer) > 0 {
 		return false
 	}
-	m, body := w.meter, c.cached.data[c.cached.bodyAt:]
+	m, body := w.meter, c.cached.answer.body()
 	switch {
 	case m.kind == meterNone: // the meter does not look
 		return len(body) > 0 && body[0] == '{' && json.Valid(body)
@@ -456,24 +493,26 @@ func (fs *flights) leave(f *flight) {
 	}
 }
 
-// end ends the flight that lead leads, if any, and gives answer to those who wait; nil: they go on by themselves.
-func (fs *flights) end(lead *flightLead, answer *cachedAnswer) {
+// end ends the flight that lead leads, if any, and gives answer to those who wait; nil: they go on by themselves. It
+// reports whether anybody has waited.
+func (fs *flights) end(lead *flightLead, answer *cachedAnswer) (awaited bool) {
 	f := lead.flight // which only the call itself sets
 	if f == nil {
-		return
+		return false
 	}
 	fs.mu.Lock()
 	lead.flight = nil
 	f.ended, f.answer = true, answer
 	fs.remove(f)
 	abandon := f.abandon
-	if f.done != nil {
+	if awaited = f.done != nil; awaited {
 		close(f.done)
 	}
 	fs.mu.Unlock()
 	if abandon != nil {
 		abandon()
 	}
+	return awaited
 }
 
 // remove lets the next call with the flight's key lead another. The caller has mu locked.
@@ -509,4 +548,132 @@ func (fs *flights) isAwaited(lead *flightLead) bool {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	return lead.flight != nil && lead.flight.waiting > 0
+}
+
+// What administrators see and delete.
+
+// purge deletes the answers that f describes, in memory and on disk, and returns how many. An answer that a running
+// call gets is not stored. Also if the disk fails, memory has none of them afterwards.
+func (c *responseCache) purge(ctx context.Context, f cacheFilter) (int64, error) {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	deleted := map[int64]struct{}{}
+	c.mu.Lock()
+	c.purges.Add(1)
+	for _, m := range c.chunks {
+		live := m.live
+		for e := range m.all() {
+			a := m.answer(e)
+			if row := a.row(); f.matches(&row) {
+				deleted[e.key.id()] = struct{}{}
+				c.removeFromMemory(m, e)
+			}
+		}
+		if m.live < live {
+			m.erase()
+		}
+	}
+	c.mu.Unlock()
+	err := c.purgeDisk(ctx, f, deleted)
+	return int64(len(deleted)), err
+}
+
+// purgeDisk deletes the answers that f describes on disk, and adds their ids to deleted. It looks for them where
+// nobody waits, and deletes few at a time: calls can be recorded in between. The caller has writing locked.
+func (c *responseCache) purgeDisk(ctx context.Context, f cacheFilter, deleted map[int64]struct{}) error {
+	after := cachePosition{token: f.token, size: -1}
+	if f.token == anyToken {
+		after.token = 1
+	}
+	for {
+		rows, err := c.store.cachedAfter(ctx, f.project, after, cachePurgePage)
+		if err != nil {
+			return err
+		}
+		var ids []int64
+		for i := range rows {
+			r := &rows[i]
+			if after = (cachePosition{r.token, r.size, r.id}); f.matches(r) {
+				ids = append(ids, r.id)
+			}
+		}
+		for batch := range slices.Chunk(ids, cacheBatchEntries) {
+			gone, bytes, err := c.store.deleteCached(ctx, batch)
+			if err != nil {
+				return err
+			}
+			for _, id := range gone {
+				deleted[id] = struct{}{}
+			}
+			c.forget(gone)
+			c.mu.Lock()
+			c.diskBytes -= bytes
+			c.mu.Unlock()
+			time.Sleep(time.Millisecond)
+		}
+		if len(rows) < cachePurgePage || f.token > 0 && after.token > f.token {
+			return nil
+		}
+	}
+}
+
+// purgeUnreachable purges answers that no call can get any more. What the disk keeps because of a failure expires.
+func (c *responseCache) purgeUnreachable(ctx context.Context, f cacheFilter) {
+	if _, err := c.purge(context.WithoutCancel(ctx), f); err != nil {
+		c.log.Warn("cached answers could not be deleted", "error", err)
+	}
+}
+
+// usage returns what is cached of a project, by model, the largest share first.
+func (c *responseCache) usage(ctx context.Context, project, now int64) ([]*cacheUsage, error) {
+	c.writing.Lock() // an answer that is being written is either in memory only or on disk
+	defer c.writing.Unlock()
+	onDisk, err := c.store.cacheUsage(ctx, project, now)
+	models := c.memoryUsage(project, now)
+	for _, u := range onDisk {
+		if m := models[u.model]; m != nil {
+			u.entries, u.bytes = u.entries+m.entries, u.bytes+m.bytes
+			u.oldestStoredAt = min(u.oldestStoredAt, m.oldestStoredAt)
+		}
+		models[u.model] = &u
+	}
+	all := slices.SortedFunc(maps.Values(models), func(a, b *cacheUsage) int {
+		return cmp.Or(cmp.Compare(b.bytes, a.bytes), cmp.Compare(a.model, b.model))
+	})
+	return all[:min(len(all), maxCacheModels)], err
+}
+
+// usageSum is usage without the models. It is faster.
+func (c *responseCache) usageSum(ctx context.Context, project, now int64) (entries, bytes int64, err error) {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	if entries, bytes, err = c.store.cacheSize(ctx, project); err != nil {
+		return 0, 0, err
+	}
+	for _, u := range c.memoryUsage(project, now) {
+		entries, bytes = entries+u.entries, bytes+u.bytes
+	}
+	return entries, bytes, nil
+}
+
+// memoryUsage returns what is only in memory of a project, by model.
+func (c *responseCache) memoryUsage(project, now int64) map[string]*cacheUsage {
+	models := map[string]*cacheUsage{}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, m := range c.chunks {
+		for e := range m.all() {
+			_, onDisk := c.onDisk[e.key.id()]
+			if e.project != project || now >= e.ExpiresAt || onDisk ||
+				e.waits == notToWrite && c.onDisk == nil {
+				continue
+			}
+			u := getOrInsert(models, m.names[e.model])
+			if u.model = m.names[e.model]; u.entries == 0 || e.StoredAt < u.oldestStoredAt {
+				u.oldestStoredAt = e.StoredAt
+			}
+			u.entries, u.bytes = u.entries+1, u.bytes+e.size()
+		}
+	}
+	return models
 }

@@ -6,9 +6,12 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"iter"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -20,12 +23,43 @@ func (p *testProxy) forgetMemory() {
 	c := p.instance.cache
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, e := range c.memory {
-		c.removeFromMemory(e)
+	for m, e := range c.allInMemory() {
+		c.removeFromMemory(m, e)
 	}
-	if c.memoryBytes != 0 || c.recent != (entryList{}) || c.once.first != nil || c.again.last != nil {
-		p.t.Errorf("the empty memory has %d bytes and the lists %v %v %v", c.memoryBytes, c.recent, c.once, c.again)
+	if c.memoryBytes != 0 || len(c.memory) != 0 || c.countWaiting(writeOnce) != 0 || c.countWaiting(writeAgain) != 0 {
+		p.t.Errorf("the empty memory has %d bytes and %d answers", c.memoryBytes, len(c.memory))
 	}
+}
+
+// allInMemory returns the answers in memory, the oldest first. The caller has mu locked.
+func (c *responseCache) allInMemory() iter.Seq2[*memoryChunk, *memoryEntry] {
+	return func(yield func(*memoryChunk, *memoryEntry) bool) {
+		for _, m := range c.chunks {
+			for e := range m.all() {
+				if !yield(m, e) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// countWaiting returns how many answers in memory are in a state, as their entries and as their chunks say, which must
+// agree. -1: they do not. The caller has mu locked.
+func (c *responseCache) countWaiting(state writeState) (n int) {
+	inChunks := 0
+	for _, m := range c.chunks {
+		inChunks += m.waiting[state]
+	}
+	for _, e := range c.allInMemory() {
+		if e.waits == state {
+			n++
+		}
+	}
+	if n != inChunks {
+		return -1
+	}
+	return n
 }
 
 // TestCacheSealed: what is on disk cannot be read, changed or moved: such an entry is a miss.
@@ -83,8 +117,8 @@ func (p *testProxy) ageEntriesOnDisk() {
 	p.cacheSettled()
 	c := p.instance.cache
 	c.mu.Lock()
-	for _, e := range c.memory {
-		expired := e.cachedAnswer
+	for m, e := range c.allInMemory() {
+		expired := m.answer(e)
 		expired.ExpiresAt = time.Now().UnixMilli()
 		plain, err := expired.encode()
 		if err != nil {
@@ -318,21 +352,110 @@ func TestCacheBounded(t *testing.T) {
 	p.expectFrom("the second, used longest ago", "provider", send(1))
 
 	for i := range 400 {
-		c.put(&memoryEntry{cachedAnswer: cachedAnswer{key: cacheKey{1, byte(i), byte(i >> 8)},
-			data: make([]byte, 100_000), cachedMeta: cachedMeta{ExpiresAt: time.Now().UnixMilli() + 60_000}}}, 0)
-		c.mu.Lock()
-		listed, waiting := 0, 0
-		for e := c.recent.first; e != nil; e = e.links[listOfUses].after {
-			listed++
+		c.put(testAnswer(i, 100_000), 0)
+		c.checkMemory(t)
+	}
+}
+
+// testAnswer returns an answer with n bytes, which differ from those of others, as does its key.
+func testAnswer(i, n int) *cachedAnswer {
+	data := bytes.Repeat([]byte{byte(i)}, n)
+	return &cachedAnswer{answerHead: answerHead{key: cacheKey{1, byte(i), byte(i >> 8), byte(i >> 16)}, project: 1,
+		cachedMeta: cachedMeta{ExpiresAt: time.Now().UnixMilli() + 60_000}}, model: "m", data: data}
+}
+
+// checkMemory checks that the cache's memory is within its bound, and what it counts.
+func (c *responseCache) checkMemory(t *testing.T) {
+	t.Helper()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	listed, bytes, capacity := 0, int64(0), int64(0)
+	for m, e := range c.allInMemory() {
+		if found, entry := c.inMemory(e.key.id()); found != m || entry != e {
+			t.Errorf("an answer is not found where it is")
 		}
-		for e := c.once.first; e != nil; e = e.links[listOfWrites].after {
-			waiting++
+		listed++
+		bytes += e.size()
+	}
+	for i, m := range c.chunks {
+		if capacity += m.charge; m.charge < int64(cap(m.bytes)) || m.number != c.chunks[0].number+uint32(i) {
+			t.Errorf("chunk %d of %d has the number %d, %d bytes and the charge %d", i, len(c.chunks), m.number,
+				cap(m.bytes), m.charge)
 		}
-		if c.memoryBytes > memoryCacheBytes || listed != len(c.memory) || waiting > listed {
-			t.Fatalf("%d bytes and %d answers are in memory, %d are listed, %d wait to be written",
-				c.memoryBytes, len(c.memory), listed, waiting)
+	}
+	if n := len(c.chunks); n > memoryCacheBytes/entryOverhead {
+		t.Errorf("there are %d chunks", n)
+	}
+	if waiting := c.countWaiting(writeOnce); capacity > memoryCacheBytes || capacity != c.chunkBytes ||
+		bytes != c.memoryBytes || listed != len(c.memory) || waiting < 0 || waiting > listed {
+		t.Fatalf("%d of %d bytes and %d answers are in memory, %d are listed, %d wait to be written, %d of %d bytes "+
+			"are in chunks", c.memoryBytes, bytes, len(c.memory), listed, waiting, c.chunkBytes, capacity)
+	}
+}
+
+// TestCacheMemory: memory keeps what is used, also if its chunks' numbers wrap, and nothing of what was purged. Whoever
+// has got an answer keeps it as it was.
+func TestCacheMemory(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	c := p.instance.cache
+	c.writing.Lock() // nothing is written, so what lookup finds is in memory
+	goOn := sync.OnceFunc(c.writing.Unlock)
+	defer goOn()
+	c.mu.Lock()
+	c.addChunk(&memoryChunk{number: math.MaxUint32 - 20, charge: entryOverhead})
+	c.mu.Unlock()
+	find := func(i, n int) *cachedAnswer {
+		want := testAnswer(i, n)
+		a := c.lookup(context.Background(), &want.key, 1, time.Now().UnixMilli())
+		if a != nil && (!bytes.Equal(a.data, want.data) || a.key != want.key || a.model != want.model) {
+			t.Fatalf("answer %d is another one, of the model %q", i, a.model)
 		}
-		c.mu.Unlock()
+		return a
+	}
+	const hot, hotLarge, small, large = 1, 2, 5_000, 300_000
+	c.put(testAnswer(hot, small), 0)
+	c.put(testAnswer(hotLarge, large), 0)
+	first := find(hot, small)
+	for i := 10; i < 15_000; i++ {
+		if c.put(testAnswer(i, small), 0); i%1000 == 0 && (find(hot, small) == nil || find(hotLarge, large) == nil) {
+			t.Fatalf("after %d others, answers that are in use are not in memory", i)
+		}
+	}
+	c.checkMemory(t)
+	if find(10, small) != nil || find(14_999, small) == nil || c.chunks[0].number > math.MaxUint32/2 {
+		t.Errorf("the oldest of 15,000 answers is in memory, or the newest is not")
+	}
+	renewed := testAnswer(3, 70_000)
+	for range 40_000 { // each in the place of the last
+		c.put(renewed, 0)
+	}
+	c.checkMemory(t)
+
+	other := testAnswer(4, small)
+	other.model = "other"
+	c.put(testAnswer(5, small), 0)
+	c.put(other, 0)
+	erased := find(5, small)
+	goOn()
+	if _, err := c.purge(context.Background(), cacheFilter{project: 1, model: "m"}); err != nil {
+		t.Fatal(err)
+	}
+	c.checkMemory(t)
+	c.mu.Lock()
+	for _, m := range c.chunks {
+		if bytes.Contains(m.bytes, erased.data[:100]) {
+			t.Errorf("memory has an answer that was purged")
+		}
+	}
+	c.mu.Unlock()
+	if a := c.lookup(context.Background(), &other.key, 1, time.Now().UnixMilli()); a == nil ||
+		!bytes.Equal(a.data, other.data) || find(hot, small) != nil {
+		t.Errorf("a purge of one model kept its answers, or not those of another")
+	}
+	if want := testAnswer(hot, small); !bytes.Equal(first.data, want.data) {
+		t.Errorf("an answer has changed after it left memory")
 	}
 }
 
@@ -375,8 +498,7 @@ func TestCacheDiskHangs(t *testing.T) {
 	p.expectFrom("the first", "provider", send)
 	p.expectFrom("the second", "cache", send)
 	for i := range 3 {
-		c.put(&memoryEntry{cachedAnswer: cachedAnswer{key: cacheKey{1, byte(i)}, data: make([]byte, 15<<20),
-			cachedMeta: cachedMeta{ExpiresAt: time.Now().UnixMilli() + 60_000}}}, 0)
+		c.put(testAnswer(i, 15<<20), 0)
 	}
 	c.mu.Lock()
 	n, bytes := len(c.memory), c.memoryBytes
@@ -504,16 +626,9 @@ func TestCacheAskedOnce(t *testing.T) {
 		t.Helper()
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		for _, list := range []struct {
-			entryList
-			want int
-		}{{c.once, once}, {c.again, again}} {
-			n := 0
-			for e := list.first; e != nil; e = e.links[listOfWrites].after {
-				n++
-			}
-			if n != list.want {
-				t.Errorf("%s: a list of answers to be written has %d, want %d", what, n, list.want)
+		for state, want := range map[writeState]int{writeOnce: once, writeAgain: again} {
+			if n := c.countWaiting(state); n != want {
+				t.Errorf("%s: %d answers are in the state %d, want %d", what, n, state, want)
 			}
 		}
 		if n := p.cachedRows(); n != rows {
