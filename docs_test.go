@@ -3,9 +3,11 @@
 package main
 
 import (
+	"encoding/xml"
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"io"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -286,8 +288,32 @@ func TestDocsLinks(t *testing.T) {
 			}
 		}
 	}
-	if links < 120 {
+	if links < 180 {
 		t.Errorf("only %d links were found", links)
+	}
+}
+
+// TestDocsPicture: docs/concepts.svg is well-formed, has a title and a description, and loads and runs nothing.
+func TestDocsPicture(t *testing.T) {
+	t.Parallel()
+	text := mustReadFile(t, "docs/concepts.svg")
+	names := map[string]int{}
+	for d := xml.NewDecoder(strings.NewReader(text)); ; {
+		token, err := d.Token()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e, ok := token.(xml.StartElement); ok {
+			names[e.Name.Local]++
+		}
+	}
+	if names["title"] != 1 || names["desc"] != 1 || names["text"] < 20 || names["script"]+names["image"]+names["a"] > 0 ||
+		!strings.Contains(text, `role="img" aria-labelledby="title desc"`) ||
+		strings.Contains(strings.Replace(text, `xmlns="http://www.w3.org/2000/svg"`, "", 1), "http") {
+		t.Errorf("its elements are %v", names)
 	}
 }
 
