@@ -310,7 +310,8 @@ func TestDocsPicture(t *testing.T) {
 			names[e.Name.Local]++
 		}
 	}
-	if names["title"] != 1 || names["desc"] != 1 || names["text"] < 20 || names["script"]+names["image"]+names["a"] > 0 ||
+	if names["title"] != 1 || names["desc"] != 1 || names["text"] < 20 ||
+		names["script"]+names["image"]+names["a"] > 0 ||
 		!strings.Contains(text, `role="img" aria-labelledby="title desc"`) ||
 		strings.Contains(strings.Replace(text, `xmlns="http://www.w3.org/2000/svg"`, "", 1), "http") {
 		t.Errorf("its elements are %v", names)
