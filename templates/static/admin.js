@@ -126,6 +126,14 @@ for (const p of periods) {
   });
 }
 
+// A period that is pointed at is shown at once. With the keyboard, which passes over the others, "Apply" shows it.
+for (const p of document.querySelectorAll("form.filters .segments input")) {
+  let pointed = false;
+  p.closest("label").addEventListener("pointerdown", () => { pointed = true; });
+  p.addEventListener("keydown", () => { pointed = false; });
+  p.addEventListener("change", () => { if (pointed) p.form.requestSubmit(); });
+}
+
 // Times are shown in the browser's time zone; hovering shows them in UTC.
 function localTimes(root) {
   const two = (n) => String(n).padStart(2, "0");
