@@ -15,7 +15,6 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -97,6 +96,7 @@ func (ui *adminUI) adminTable() []adminRoute {
 		{"GET|POST /admin/projects/{id}/upstreams/new", roleAdmin, ui.newUpstreamPage},
 		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/edit", roleAdmin, ui.editUpstream},
 		{"GET|POST /admin/projects/{id}/upstreams/{upstream}/delete", roleAdmin, ui.deleteUpstreamPage},
+		{"POST /admin/projects/{id}/upstreams/{upstream}/test", roleOperator, ui.testKeyPage},
 		{"GET /admin/tokens", roleViewer, ui.tokensPage},
 		{"GET|POST /admin/tokens/new", roleOperator, ui.newTokenPage},
 		{"POST /admin/tokens/revoke", roleOperator, ui.revokeSelected},
@@ -226,42 +226,6 @@ func redirectTo(path, done string) *pageResponse {
 // redirectWithCount is redirectTo for a form that changed count objects.
 func redirectWithCount(path, done string, count int64) *pageResponse {
 	return &pageResponse{redirect: path, notice: notice{Name: done, Count: count}}
-}
-
-// A notice says what a form did, on the page that follows. It travels in a cookie, so that a reload or a
-// saved address does not repeat it. Its text is in templates/parts/layout.html: the cookie only names it.
-type notice struct {
-	Name  string
-	Count int64 // of the objects that the form changed
-}
-
-const noticeCookieSeconds = 60 // for the browser to load the page
-
-func noticeCookieName(secure bool) string { return sessionCookieName(secure) + "-notice" }
-
-// cookie returns the cookie with the notice. An empty notice removes it from the browser.
-func (n notice) cookie(secure bool) *http.Cookie {
-	c := sessionCookie(secure, n.Name)
-	c.Name = noticeCookieName(secure)
-	if n.Name != "" {
-		c.Value, c.MaxAge = n.Name+"."+formatInt(n.Count), noticeCookieSeconds
-	}
-	return c
-}
-
-// notice returns the notice of the request, an empty one if there is none. A page that refreshes a part of
-// itself leaves it to the page that the browser loads.
-func (r *pageRequest) notice() notice {
-	cookies := r.http.CookiesNamed(noticeCookieName(r.secure))
-	if len(cookies) == 0 || r.http.Header.Get("X-Auto-Refresh") != "" {
-		return notice{}
-	}
-	name, count, _ := strings.Cut(cookies[0].Value, ".")
-	n, err := strconv.ParseInt(count, 10, 64)
-	if err != nil || n < 0 {
-		return notice{}
-	}
-	return notice{Name: name, Count: n}
 }
 
 // adminRoutes returns the handler of everything under /admin.

@@ -5,14 +5,17 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -281,6 +284,9 @@ type formView struct {
 	Intro  string // names a text of the template, "" for none
 	Form   *pageForm
 	Policy *policyForm // nil: the form has none
+	Likes  []option    // projects that a new one can start like
+	Like   string      // the chosen one
+	likes  []upstreamView
 }
 
 // submit handles a page with a form. A GET shows it with what is stored. A POST decodes it into the
@@ -288,6 +294,9 @@ type formView struct {
 func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.Values, input map[string]any,
 	run func() (*pageResponse, error)) (*pageResponse, error) {
 	v.Form.Action = r.http.URL.Path
+	if like := r.query.Get("like"); like != "" {
+		v.Form.Action += "?like=" + url.QueryEscape(like)
+	}
 	if v.Form.Creates != "" {
 		v.Form.Once = randomBase62(16)
 	}
@@ -413,4 +422,176 @@ func jsonNumber(text string) json.RawMessage {
 		return json.RawMessage(number)
 	}
 	return mustMarshal(text)
+}
+
+// A notice says what a form did, on the page that follows. It travels in a cookie, so that a reload or a
+// saved address does not repeat it. Its text is in templates/parts/layout.html: the cookie only names it.
+type notice struct {
+	Name  string
+	Count int64 // of the objects that the form changed
+	// Key describes the test of the provider's key that was entered; "": there was none.
+	Key      string
+	KeyWorks bool
+	test     *keyTest
+}
+
+const noticeCookieSeconds = 60 // for the browser to load the page
+
+func noticeCookieName(secure bool) string { return sessionCookieName(secure) + "-notice" }
+
+// cookie returns the cookie with the notice. An empty notice removes it from the browser.
+func (n notice) cookie(secure bool) *http.Cookie {
+	c := sessionCookie(secure, n.Name)
+	c.Name = noticeCookieName(secure)
+	if n.Name != "" {
+		c.Value, c.MaxAge = n.Name+"."+formatInt(n.Count), noticeCookieSeconds
+		if t := n.test; t != nil {
+			c.Value += fmt.Sprintf(".%s.%d.%d.%t.%s", t.result, t.status, t.models, t.more, t.code)
+		}
+	}
+	return c
+}
+
+// parseKeyTest reads the test of a key from the cookie with a notice. It returns nil if there is none.
+func parseKeyTest(text string) *keyTest {
+	parts := strings.Split(text, ".")
+	if len(parts) != 5 {
+		return nil
+	}
+	t := &keyTest{result: keyTestResult(parts[0]), more: parts[3] == "true", code: parts[4]}
+	var statusErr, modelsErr error
+	t.status, statusErr = strconv.Atoi(parts[1])
+	t.models, modelsErr = strconv.Atoi(parts[2])
+	if statusErr != nil || modelsErr != nil || !slices.Contains(keyTestResults(), t.result) ||
+		t.code != "" && !isCode(t.code) {
+		return nil
+	}
+	return t
+}
+
+// notice returns the notice of the request, an empty one if there is none. A page that refreshes a part of
+// itself leaves it to the page that the browser loads.
+func (r *pageRequest) notice() notice {
+	cookies := r.http.CookiesNamed(noticeCookieName(r.secure))
+	if len(cookies) == 0 || r.http.Header.Get("X-Auto-Refresh") != "" {
+		return notice{}
+	}
+	name, rest, _ := strings.Cut(cookies[0].Value, ".")
+	count, test, hasTest := strings.Cut(rest, ".")
+	n, err := strconv.ParseInt(count, 10, 64)
+	v := notice{Name: name, Count: n, test: parseKeyTest(test)}
+	if err != nil || n < 0 || hasTest != (v.test != nil) {
+		return notice{}
+	}
+	if hasTest {
+		v.Key, v.KeyWorks = v.test.summary(), v.test.result == keyTestAccepted
+		if !v.KeyWorks && name != "key-tested" {
+			v.Key += " It was saved anyway."
+		}
+	}
+	return v
+}
+
+// testKeys adds what the provider says about the keys of upstreams to the page that follows. Of several keys it shows
+// one that does not work, if there is one.
+func (ui *adminUI) testKeys(r *pageRequest, p *pageResponse, upstreams ...upstreamRow) *pageResponse {
+	tests := make([]*keyTest, len(upstreams))
+	var running sync.WaitGroup
+	for i := range upstreams {
+		running.Go(func() {
+			t, err := ui.ops.testKey(r.ctx, r.origin, upstreams[i].projectID, upstreams[i].id)
+			if err != nil { // it is stored nevertheless
+				ui.log.Error("a key could not be tested", "request_id", r.origin.requestID, "upstream", upstreams[i].id,
+					"error", err)
+				return
+			}
+			tests[i] = &t
+		})
+	}
+	running.Wait()
+	for _, t := range tests {
+		if t != nil && (p.notice.test == nil || p.notice.test.result == keyTestAccepted) {
+			p.notice.test = t
+		}
+	}
+	return p
+}
+
+// addRouting adds the routing of a project and its cost multiplier to the advanced fields of a form.
+func (f *pageForm) addRouting(fields []field[projectInput, projectRow]) {
+	routing := []*formField{
+		{Name: "routing.fallbacks", Label: "Fallback models", Kind: "pairs", Help: "fallbacks",
+			Placeholder: "gpt-4o* = gpt-4o-mini"},
+		{Name: "routing.aliases", Label: "Aliases", Kind: "pairs", Help: "aliases",
+			Placeholder: "smart = claude-opus-5-5, gpt-6-sol"},
+		{Name: "routing.verified_streams", Label: "Hold streams until they are complete", Kind: "checkbox",
+			Help: "verified-streams"},
+		{Name: "routing.show_upstream", Label: "Show clients which upstream responded", Kind: "checkbox"},
+		{Name: "routing.affinity", Label: "Keep sessions at one upstream", Kind: "select", Required: true,
+			Help: "affinity", Options: options(affinityBySession, "Yes", affinityOff, "No: share single calls")},
+	}
+	for _, field := range append(routing, formFields(fields, "cost_multiplier")...) {
+		field.Advanced = true
+		if field.Name == "cost_multiplier" {
+			field.Default = "1"
+		}
+		f.Fields = append(f.Fields, field)
+	}
+	f.Advanced = "fallbacks, aliases, endpoints, client addresses, content, cache, attribution, cost"
+}
+
+// routingValues returns a project's name, multiplier and routing as the values of the form.
+func routingValues(p *projectView) url.Values {
+	values := url.Values{"name": {p.Name}, "cost_multiplier": {p.CostMultiplier.String()}}
+	routing, err := parseRouting(p.Routing)
+	if err != nil {
+		return values // cannot happen: it was checked when it was stored
+	}
+	values.Set("routing.affinity", cmp.Or(routing.Affinity, affinityBySession))
+	for _, f := range routing.Fallbacks {
+		values.Set("routing.fallbacks", values.Get("routing.fallbacks")+f.Model+" = "+f.To+"\n")
+	}
+	for _, name := range slices.Sorted(maps.Keys(routing.Aliases)) {
+		models := strings.Join(routing.Aliases[name], ", ")
+		values.Set("routing.aliases", values.Get("routing.aliases")+name+" = "+models+"\n")
+	}
+	if routing.VerifiedStreams {
+		values.Set("routing.verified_streams", "on")
+	}
+	if routing.ShowUpstream {
+		values.Set("routing.show_upstream", "on")
+	}
+	return values
+}
+
+// encodeRouting returns the routing that was sent. Fallbacks are a list: their order counts.
+func encodeRouting(form url.Values) (json.RawMessage, error) {
+	fallbacks := []map[string]string{}
+	for _, line := range splitLines(form.Get("routing.fallbacks")) {
+		model, to, ok := strings.Cut(line, "=")
+		if !ok {
+			return nil, &fieldError{"routing.fallbacks", "must have lines such as gpt-4o* = gpt-4o-mini"}
+		}
+		fallbacks = append(fallbacks, map[string]string{"model": strings.TrimSpace(model), "to": strings.TrimSpace(to)})
+	}
+	aliases := map[string][]string{}
+	for _, line := range splitLines(form.Get("routing.aliases")) {
+		name, list, ok := strings.Cut(line, "=")
+		if name = strings.TrimSpace(name); !ok || aliases[name] != nil {
+			return nil, &fieldError{"routing.aliases", "must have lines such as fast = gpt-5-mini, and no name twice"}
+		}
+		for model := range strings.SplitSeq(list, ",") {
+			aliases[name] = append(aliases[name], strings.TrimSpace(model))
+		}
+	}
+	routing := map[string]any{
+		"fallbacks":        fallbacks,
+		"aliases":          aliases,
+		"verified_streams": form.Get("routing.verified_streams") != "",
+		"show_upstream":    form.Get("routing.show_upstream") != "",
+	}
+	if affinity := form.Get("routing.affinity"); affinity != "" && affinity != affinityBySession { // the default
+		routing["affinity"] = affinity
+	}
+	return mustMarshal(routing), nil
 }

@@ -507,3 +507,104 @@ func describeLimits(stored json.RawMessage) (sentences []string) {
 	}
 	return sentences
 }
+
+// fillLikeProject fills the form of a new project in with what the project has that the address names: its policy, its
+// routing and its upstreams, each of which needs a key. It returns the title of the page and the values of the form.
+// The form of a project without such a model offers the others.
+func (ui *adminUI) fillLikeProject(r *pageRequest, v *formView) (title string, values url.Values, err error) {
+	v.Like = r.query.Get("like")
+	projects, err := ui.projectOptions(r, v.Like)
+	if err != nil {
+		return "", nil, err
+	}
+	if len(projects) > 1 {
+		projects[0].Label = "None"
+		v.Likes = projects
+	}
+	if v.Like == "" {
+		return "New project", nil, nil
+	}
+	model, err := ui.ops.getProject(r.ctx, v.Like, valueQuery{}, r.now)
+	if err != nil {
+		return "", nil, err
+	}
+	v.Policy, v.likes = newPolicyForm(true, model.Policy), model.Upstreams
+	if len(v.likes) > 0 {
+		v.Form.Fields = v.Form.Fields[:1]
+	}
+	for i, u := range v.likes {
+		v.Form.Fields = append(v.Form.Fields, &formField{Name: likeKeyField(i), Label: "API key of " + u.Name,
+			Kind: "password", Note: fmt.Sprintf("For %s. Leave it empty to create the project without this upstream.",
+				u.BaseURL)})
+	}
+	values = routingValues(&model)
+	values.Del("name")
+	return "New project like " + model.Name, values, nil
+}
+
+func likeKeyField(i int) string { return fmt.Sprintf("upstreams[%d].api_key", i) }
+
+// addLikeUpstreams adds the upstreams whose keys were entered to the input, as those of the model are except for whom
+// they are shared with. It returns the names of the fields with their keys.
+func (ui *adminUI) addLikeUpstreams(r *pageRequest, v *formView, in *projectInput) (keyFields []string, err error) {
+	for i, u := range v.likes {
+		key := strings.TrimSpace(r.form.Get(likeKeyField(i)))
+		if key == "" {
+			continue
+		}
+		members := jsonFields(mustMarshal(u))
+		copied := map[string]json.RawMessage{}
+		for _, f := range ui.ops.fields.upstream {
+			if members[f.name] != nil && f.name != "shared_with" {
+				copied[f.name] = members[f.name]
+			}
+		}
+		var up upstreamInput
+		if err := decodeFields(mustMarshal(copied), &up, ui.ops.fields.upstream, true); err != nil {
+			return nil, err
+		}
+		up.key = given(newSecret(key))
+		in.upstreams, keyFields = append(in.upstreams, up), append(keyFields, likeKeyField(i))
+	}
+	return keyFields, nil
+}
+
+// qualifyLikeError makes a mistake in an upstream that was copied one of the field with its key.
+func qualifyLikeError(keyFields []string, err error) error {
+	fe, ok := errors.AsType[*fieldError](err)
+	if !ok {
+		return err
+	}
+	for i, name := range keyFields {
+		if member, isOf := strings.CutPrefix(fe.param, fmt.Sprintf("upstreams[%d].", i)); isOf && member == "api_key" {
+			return &fieldError{name, fe.msg}
+		} else if isOf {
+			return &fieldError{name, "cannot be stored, because " + member + " " + fe.msg}
+		}
+	}
+	return err
+}
+
+// fillLikeToken fills the form of a new token in with what the token has that the address names.
+func (ui *adminUI) fillLikeToken(r *pageRequest, v *formView, id string) (values url.Values, err error) {
+	t, err := ui.ops.getToken(r.ctx, id, valueQuery{}, r.now)
+	if err != nil {
+		return nil, err
+	}
+	v.Policy = newPolicyForm(false, t.Policy)
+	values = storedValues(t, v.Form.Fields)
+	values.Del("name")
+	values.Del("expires_at")
+	values.Set("lifetime", "never")
+	if t.ExpiresAt != nil {
+		values.Set("lifetime", "720")
+		hours := formatInt((int64(*t.ExpiresAt) - int64(t.CreatedAt) + hourMS/2) / hourMS)
+		for _, field := range v.Form.Fields {
+			isOffered := slices.ContainsFunc(field.Options, func(o option) bool { return o.Value == hours })
+			if field.Name == "lifetime" && isOffered {
+				values.Set("lifetime", hours)
+			}
+		}
+	}
+	return values, nil
+}

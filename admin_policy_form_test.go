@@ -216,3 +216,109 @@ func TestPolicyInWords(t *testing.T) {
 		}
 	}
 }
+
+// TestProjectLikeAnother: a new project can have the policy, the routing and the upstreams of another one, but not
+// their keys: each key is entered, and tested, and an upstream without one is left out.
+func TestProjectLikeAnother(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	list := `{"data":[{"id":"gpt-4o"},{"id":"gpt-4o-mini"}]}`
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		if r.header.Get("X-Api-Key") != "" {
+			return c.reply(401, `{"error":{"type":"authentication_error"}}`)
+		}
+		return c.reply(200, list)
+	})
+	policy := `{"models":["gpt-4o*"],"limits":[{"count":"dollars","max":9,"per":"day"}],"keep_content_days":3,` +
+		`"cache":{"ttl_seconds":60}}`
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":`+policy+`,"cost_multiplier":0.5,
+		"routing":{"aliases":{"fast":["gpt-4o-mini"]},"affinity":"none"}}`, 200, nil)
+	p.manage("PATCH", "/manage/projects/"+p.project+"/upstreams/"+p.upstream, `{"priority":2,"rewrite":{"a":"b"},
+		"models":["gpt*","a"],"cost_multiplier":0.9,"idle_ms":5000,"note":"ours"}`, 200, nil)
+	for _, name := range []string{"claude", "spare"} {
+		p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"`+name+`","provider":"anthropic",
+			"base_url":"`+p.provider.url+`","api_key":"`+p.provider.key+`"}`, 201, nil)
+	}
+	page := b.get("/admin/projects/" + p.project).body
+	path := "/admin/projects/new?like=" + p.project
+	if !strings.Contains(page, `href="`+path+`"`) {
+		t.Errorf("the project's page has no link to %s", path)
+	}
+	form := parseForm(t, b.get(path).body)
+	form.Set("name", "twin")
+	form.Set("upstreams[2].api_key", "sk-****")
+	form.Set("upstreams[0].api_key", p.provider.key)
+	before := p.managedDigest()
+	res := b.post(path, form)
+	if page := html.UnescapeString(res.body); res.status != 400 || p.managedDigest() != before ||
+		!strings.Contains(page, `<a href="#f-upstreams-2-api_key">API key of primary looks masked`) ||
+		strings.Contains(page, p.provider.key) || len(checkHTML(res.body)) > 0 {
+		t.Errorf("a masked key: %d %v %s", res.status, checkHTML(res.body), page)
+	}
+	form.Set("upstreams[2].api_key", p.provider.key)
+	page = b.follow(b.post(path, form))
+	if !strings.Contains(page, "The provider refuses the key: 401 authentication_error. It was saved anyway.") {
+		t.Errorf("the page does not say that a key is refused: %s", page)
+	}
+	var twin projectReply
+	p.manage("GET", "/manage/projects/proj_"+between(page, `id="id-proj_`, `"`), "", 200, &twin)
+	got := fmt.Sprintf("%s %s %s %s", twin.Name, twin.Policy, twin.Routing, twin.Multiplier)
+	if want := "twin " + policy + ` {"aliases":{"fast":"gpt-4o-mini"},"affinity":"none"} 0.5`; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	if len(twin.Upstreams) != 2 || twin.Upstreams[0].Name != "claude" || twin.Upstreams[1].Name != "primary" {
+		t.Fatalf("the upstreams are %+v", twin.Upstreams)
+	}
+	if u := twin.Upstreams[1]; u.Priority != 2 || u.Rewrite["a"] != "b" || u.Multiplier != "0.9" || u.Note != "ours" ||
+		len(u.Models) != 2 || !u.IsActive {
+		t.Errorf("the second upstream is %+v", u)
+	}
+	if entries := p.verifyAudit(); len(entries.problems) > 0 {
+		t.Error(entries.problems)
+	}
+	for _, path := range []string{"/admin/projects/new?like=none", "/admin/tokens/new?like=none"} {
+		if res := b.get(path); res.status != 404 {
+			t.Errorf("%s: %d", path, res.status)
+		}
+	}
+	p.manage("POST", "/manage/projects", `{"name":"bare","policy":{"models":[]}}`, 201, &twin)
+	form = parseForm(t, b.get("/admin/projects/new?like="+twin.ID).body)
+	if !form.Has("api_key") || form.Get("policy.models.none") != "on" {
+		t.Errorf("like a project without upstreams: %v", form)
+	}
+}
+
+// TestTokenLikeAnother: a new token can have what another one has, for as long.
+func TestTokenLikeAnother(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	for lifetime, fields := range map[string]string{"168": `"expires_in_days":7`, "never": `"expires_at":null`,
+		"720": `"expires_in_days":77`} {
+		policy := `{"models":["a*"],"limits":[{"count":"requests","max":5,"per":"day"}]}`
+		id, value := p.newToken(`"name":"first","max_requests":50,"idle_expiry_minutes":60,` + fields +
+			`,"policy":` + policy)
+		p.secrets = append(p.secrets, value)
+		path := "/admin/tokens/new?like=" + id
+		if !strings.Contains(b.get("/admin/tokens/"+id).body, `href="`+path+`"`) {
+			t.Errorf("the token's page has no link to %s", path)
+		}
+		form := parseForm(t, b.get(path).body)
+		if form.Get("lifetime") != lifetime || form.Get("name") != "" {
+			t.Errorf("like a token with %s: %v", fields, form)
+		}
+		form.Set("name", "second")
+		res := b.post(path, form)
+		p.secrets = append(p.secrets, regexp.MustCompile(`sk-llmp_\w+`).FindString(res.body))
+		var token struct {
+			Policy      json.RawMessage
+			MaxRequests int64 `json:"max_requests"`
+			Idle        int64 `json:"idle_expiry_minutes"`
+		}
+		p.manage("GET", "/manage/tokens/tok_"+between(res.body, `/admin/tokens/tok_`, `"`), "", 200, &token)
+		if string(token.Policy) != policy || token.MaxRequests != 50 || token.Idle != 60 {
+			t.Errorf("the new token is %+v", token)
+		}
+	}
+}

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -313,19 +312,36 @@ func (r *pageRequest) valuesPage(crumb option, calls string, limits []limitView)
 func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/projects", "Projects"}, Policy: newPolicyForm(true, nil), Form: &pageForm{
 		Submit: "Create project", Cancel: "/admin/projects",
-		Fields: formFields(ui.ops.fields.project, "name", "provider", "api_key", "base_url", "cost_multiplier")}}
-	v.Form.setAdvanced("endpoints, client addresses, content, cache, attribution, cost", "cost_multiplier")
+		Fields: formFields(ui.ops.fields.project, "name", "provider", "api_key", "base_url")}}
+	title, stored, err := ui.fillLikeProject(r, v)
+	if err != nil {
+		return nil, err
+	}
+	v.Form.addRouting(ui.ops.fields.project)
 	var in projectInput
 	targets := fieldTargets(&in, ui.ops.fields.project)
-	return ui.submit(r, "New project", v, nil, targets, func() (*pageResponse, error) {
+	return ui.submit(r, title, v, stored, targets, func() (*pageResponse, error) {
 		if !in.key.set && !in.baseURL.set && in.provider.value == providerOpenAI {
 			in.provider.set = false // the form's default: a project without an upstream
 		}
+		routing, err := encodeRouting(r.form)
+		if err != nil {
+			return nil, err
+		}
+		in.routing = given(routing)
+		keyFields, err := ui.addLikeUpstreams(r, v, &in)
+		if err != nil {
+			return nil, err
+		}
 		p, err := ui.ops.createProject(r.ctx, r.origin, in)
-		if !in.provider.set {
+		if err != nil {
+			return nil, qualifyLikeError(keyFields, err)
+		}
+		upstreams, err := ui.store.projectUpstreams(r.ctx, p.seq)
+		if len(upstreams) == 0 {
 			return redirectTo("/admin/projects/"+p.id, "project-without-upstream"), err
 		}
-		return redirectTo("/admin/projects/"+p.id, "project-created"), err
+		return ui.testKeys(r, redirectTo("/admin/projects/"+p.id, "project-created"), upstreams...), err
 	})
 }
 
@@ -335,26 +351,10 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	projectURL := "/admin/projects/" + project.ID
-	policy := newPolicyForm(true, project.Policy)
-	v := &formView{Crumb: option{projectURL, project.Name}, Policy: policy, Form: &pageForm{
-		Submit: "Save", Cancel: projectURL, Version: project.Version, Fields: []*formField{
-			{Name: "name", Label: "Name", Required: true},
-			{Name: "routing.fallbacks", Label: "Fallback models", Kind: "pairs", Help: "fallbacks",
-				Placeholder: "gpt-4o* = gpt-4o-mini"},
-			{Name: "routing.aliases", Label: "Aliases", Kind: "pairs", Help: "aliases",
-				Placeholder: "smart = claude-opus-5-5, gpt-6-sol"},
-			{Name: "routing.verified_streams", Label: "Hold streams until they are complete", Kind: "checkbox",
-				Help: "verified-streams"},
-			{Name: "routing.show_upstream", Label: "Show clients which upstream responded", Kind: "checkbox"},
-			{Name: "routing.affinity", Label: "Keep sessions at one upstream", Kind: "select", Required: true,
-				Help: "affinity", Options: options(affinityBySession, "Yes", affinityOff, "No: share single calls")},
-		}}}
-	v.Form.Fields = append(v.Form.Fields, formFields(ui.ops.fields.project, "cost_multiplier")...)
-	for _, field := range v.Form.Fields[1:] {
-		field.Advanced = true
-	}
-	v.Form.Fields[len(v.Form.Fields)-1].Default = "1"
-	v.Form.Advanced = "fallbacks, aliases, endpoints, client addresses, content, cache, attribution, cost"
+	v := &formView{Crumb: option{projectURL, project.Name}, Policy: newPolicyForm(true, project.Policy),
+		Form: &pageForm{Submit: "Save", Cancel: projectURL, Version: project.Version,
+			Fields: []*formField{{Name: "name", Label: "Name", Required: true}}}}
+	v.Form.addRouting(ui.ops.fields.project)
 	var in projectInput
 	targets := fieldTargets(&in, ui.ops.fields.project)
 	return ui.submit(r, "Edit project", v, routingValues(&project), targets, func() (*pageResponse, error) {
@@ -366,62 +366,6 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 		_, err = ui.ops.updateProject(r.ctx, r.origin, project.ID, r.ifMatchVersion, in)
 		return redirectTo(projectURL, "saved"), err
 	})
-}
-
-// routingValues returns a project's name, multiplier and routing as the values of the form.
-func routingValues(p *projectView) url.Values {
-	values := url.Values{"name": {p.Name}, "cost_multiplier": {p.CostMultiplier.String()}}
-	routing, err := parseRouting(p.Routing)
-	if err != nil {
-		return values // cannot happen: it was checked when it was stored
-	}
-	values.Set("routing.affinity", cmp.Or(routing.Affinity, affinityBySession))
-	for _, f := range routing.Fallbacks {
-		values.Set("routing.fallbacks", values.Get("routing.fallbacks")+f.Model+" = "+f.To+"\n")
-	}
-	for _, name := range slices.Sorted(maps.Keys(routing.Aliases)) {
-		models := strings.Join(routing.Aliases[name], ", ")
-		values.Set("routing.aliases", values.Get("routing.aliases")+name+" = "+models+"\n")
-	}
-	if routing.VerifiedStreams {
-		values.Set("routing.verified_streams", "on")
-	}
-	if routing.ShowUpstream {
-		values.Set("routing.show_upstream", "on")
-	}
-	return values
-}
-
-// encodeRouting returns the routing that was sent. Fallbacks are a list: their order counts.
-func encodeRouting(form url.Values) (json.RawMessage, error) {
-	fallbacks := []map[string]string{}
-	for _, line := range splitLines(form.Get("routing.fallbacks")) {
-		model, to, ok := strings.Cut(line, "=")
-		if !ok {
-			return nil, &fieldError{"routing.fallbacks", "must have lines such as gpt-4o* = gpt-4o-mini"}
-		}
-		fallbacks = append(fallbacks, map[string]string{"model": strings.TrimSpace(model), "to": strings.TrimSpace(to)})
-	}
-	aliases := map[string][]string{}
-	for _, line := range splitLines(form.Get("routing.aliases")) {
-		name, list, ok := strings.Cut(line, "=")
-		if name = strings.TrimSpace(name); !ok || aliases[name] != nil {
-			return nil, &fieldError{"routing.aliases", "must have lines such as fast = gpt-5-mini, and no name twice"}
-		}
-		for model := range strings.SplitSeq(list, ",") {
-			aliases[name] = append(aliases[name], strings.TrimSpace(model))
-		}
-	}
-	routing := map[string]any{
-		"fallbacks":        fallbacks,
-		"aliases":          aliases,
-		"verified_streams": form.Get("routing.verified_streams") != "",
-		"show_upstream":    form.Get("routing.show_upstream") != "",
-	}
-	if affinity := form.Get("routing.affinity"); affinity != "" && affinity != affinityBySession { // the default
-		routing["affinity"] = affinity
-	}
-	return mustMarshal(routing), nil
 }
 
 // confirmProject confirms an operation on a whole project. done names the notice on the page that follows; run
@@ -532,8 +476,11 @@ func (ui *adminUI) newUpstreamPage(r *pageRequest) (*pageResponse, error) {
 	var in upstreamInput
 	targets := fieldTargets(&in, ui.ops.fields.upstream)
 	return ui.submit(r, "Add an upstream", v, defaults, targets, func() (*pageResponse, error) {
-		_, err := ui.ops.createUpstream(r.ctx, r.origin, project.ID, in)
-		return redirectTo(projectURL, "upstream-added"), err
+		u, err := ui.ops.createUpstream(r.ctx, r.origin, project.ID, in)
+		if err != nil {
+			return nil, err
+		}
+		return ui.testKeys(r, redirectTo(projectURL, "upstream-added"), u), nil
 	})
 }
 
@@ -556,9 +503,19 @@ func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
 	targets := fieldTargets(&in, ui.ops.fields.upstream)
 	stored := storedValues(u, v.Form.Fields)
 	return ui.submit(r, "Upstream "+u.Name, v, stored, targets, func() (*pageResponse, error) {
-		_, err := ui.ops.updateUpstream(r.ctx, r.origin, u.ProjectID, u.ID, r.ifMatchVersion, in)
-		return redirectTo(projectURL, "saved"), err
+		row, err := ui.ops.updateUpstream(r.ctx, r.origin, u.ProjectID, u.ID, r.ifMatchVersion, in)
+		if err != nil || !in.key.set {
+			return redirectTo(projectURL, "saved"), err
+		}
+		return ui.testKeys(r, redirectTo(projectURL, "saved"), row), nil
 	})
+}
+
+func (ui *adminUI) testKeyPage(r *pageRequest) (*pageResponse, error) {
+	t, err := ui.ops.testKey(r.ctx, r.origin, r.pathValue("id"), r.pathValue("upstream"))
+	then := redirectTo("/admin/projects/"+url.PathEscape(r.pathValue("id")), "key-tested")
+	then.notice.test = &t
+	return then, err
 }
 
 func (ui *adminUI) deleteUpstreamPage(r *pageRequest) (*pageResponse, error) {

@@ -25,6 +25,7 @@ const advancedOfToken = "number of calls, idle expiry, endpoints, client address
 
 func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 	projectID := cmp.Or(r.form.Get("project_id"), r.query.Get("project_id"))
+	like := r.query.Get("like")
 	projects, err := ui.projectOptions(r, projectID)
 	if err != nil {
 		return nil, err
@@ -44,10 +45,16 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 	v := &formView{Crumb: option{"/admin/tokens", "Tokens"}, Policy: newPolicyForm(false, nil),
 		Form: &pageForm{Submit: "Create token", Cancel: "/admin/tokens", Creates: "token", Fields: fields}}
 	v.Form.setAdvanced(advancedOfToken, "max_requests", "idle_expiry_minutes")
-	defaults := url.Values{"project_id": {projectID}, "lifetime": {"720"}}
+	title, defaults := "New token", url.Values{"project_id": {projectID}, "lifetime": {"720"}}
+	if like != "" {
+		title = "New token like another"
+		if defaults, err = ui.fillLikeToken(r, v, like); err != nil {
+			return nil, err
+		}
+	}
 	var in tokenInput
 	targets := fieldTargets(&in, ui.ops.fields.token)
-	return ui.submit(r, "New token", v, defaults, targets, func() (*pageResponse, error) {
+	return ui.submit(r, title, v, defaults, targets, func() (*pageResponse, error) {
 		switch lifetime := r.form.Get("lifetime"); {
 		case lifetime == "", in.expiresAt.value != "": // on the date: it overrides the list, which always has a choice
 		case lifetime == "never":

@@ -70,6 +70,8 @@ func mutations(ids map[string]string) map[string]mutation {
 		"PATCH /manage/projects/{id}/upstreams/{upstream}": {
 			`{"api_key":"sk-other-0123456789abcdefWXYZ","weight":7}`, "upstream.change", `"weight":[1,7]`},
 		"DELETE /manage/projects/{id}/upstreams/{upstream}": {``, "upstream.delete", `"is_active":[true,false]`},
+		"POST /manage/projects/{id}/upstreams/{upstream}/test": {``, "upstream.test",
+			`{"project_id":"` + ids["project"] + `"}`},
 		"POST /manage/tokens": {`{"project_id":"` + ids["project"] + `","name":"t2","max_requests":5}`,
 			"token.create", `"name":[null,"t2"]`},
 		"PATCH /manage/tokens/{id}": {`{"max_requests":9,"expires_at":null}`,
@@ -135,7 +137,7 @@ func expandObjectPattern(ids map[string]string, pattern string) (path, object st
 	object = ids[kind]
 	path = strings.NewReplacer("{id}", object, "{upstream}", ids["upstream"], "{delivery}", ids["delivery"]).
 		Replace(path)
-	if strings.HasSuffix(pattern, "{upstream}") {
+	if strings.Contains(pattern, "{upstream}") {
 		object = ids["upstream"]
 	}
 	if strings.HasSuffix(pattern, "/end-users") {

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -438,32 +437,16 @@ func allUpstreams(ctx context.Context, st *store) (all []upstreamRow, err error)
 // checkProvider asks a provider for its list of models, which costs nothing. It prints only
 // the kind of answer, because the provider's text may contain the key.
 func (d *diagnosis) checkProvider(ctx context.Context, transport http.RoundTripper, what string, u *upstream) {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	h := http.Header{}
-	u.authorize(h)
-	if u.provider == providerAnthropic {
-		h.Set("Anthropic-Version", "2023-06-01")
-	}
-	req := (&http.Request{Method: http.MethodGet, URL: u.url("/v1/models", ""), Host: u.host,
-		Header: h}).WithContext(ctx)
-	res, err := transport.RoundTrip(req)
-	if ne, ok := errors.AsType[net.Error](err); errors.Is(err, context.DeadlineExceeded) || ok && ne.Timeout() {
-		d.fail(what, "timeout: no answer in 10 s", "check the network and the base URL")
-		return
-	}
-	if err != nil {
-		d.fail(what, "unreachable", "check the base URL, DNS, the firewall and the provider's certificate")
-		return
-	}
-	res.Body.Close()
-	switch s := res.StatusCode; {
-	case s == http.StatusOK:
+	switch t := newKeyTester(transport).send(ctx, u); {
+	case t.result == keyTestUnreachable:
+		d.fail(what, "unreachable, or no answer in 10 s",
+			"check the base URL, DNS, the firewall and the provider's certificate")
+	case t.status == http.StatusOK:
 		d.ok(what, "the provider accepts the key")
-	case s == http.StatusUnauthorized || s == http.StatusForbidden:
+	case t.result == keyTestRefused:
 		d.fail(what, "key refused by the provider", "set a valid key with PATCH on its URL under /manage")
 	default:
-		d.warn(what, fmt.Sprintf("the provider answers %d to GET /models", s),
+		d.warn(what, fmt.Sprintf("the provider answers %d to GET /models", t.status),
 			"check the provider's status page; some providers have no such list")
 	}
 }

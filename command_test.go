@@ -639,7 +639,11 @@ func TestDoctorProvider(t *testing.T) {
 		}
 	}
 	for _, r := range p.provider.received() {
-		if r.method != "GET" || r.target != "/v1/models" {
+		target := "/v1/models"
+		if r.header.Get("Anthropic-Version") != "" {
+			target += "?limit=1000"
+		}
+		if r.method != "GET" || r.target != target {
 			t.Errorf("the provider got %s %s", r.method, r.target)
 		}
 	}

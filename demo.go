@@ -216,14 +216,14 @@ func (in *instance) addSampleProject(
 	ctx context.Context, at time.Time, p demo.Project, providerKey secret,
 ) (stored sampleProject, err error) {
 	project := projectInput{name: given(p.Name), policy: given(json.RawMessage(p.Policy)), key: given(providerKey)}
-	var up *upstreamRow
-	if stored.row, up, err = in.operations.newProject(project, at.UnixMilli()); err != nil {
+	var upstreams []*upstreamRow
+	if stored.row, upstreams, err = in.operations.newProject(project, at.UnixMilli()); err != nil {
 		return stored, err
 	}
-	if err := in.store.addProject(ctx, systemOrigin(time.Now()), stored.row, up); err != nil {
+	if err := in.store.addProject(ctx, systemOrigin(time.Now()), stored.row, upstreams...); err != nil {
 		return stored, err
 	}
-	stored.openai = up.seq
+	stored.openai = upstreams[0].seq
 	if !p.AllAPIs {
 		return stored, nil
 	}
@@ -234,7 +234,8 @@ func (in *instance) addSampleProject(
 			provider: given(provider),
 			baseURL:  given(in.cfg.openaiURL),
 		}
-		if up, err = in.operations.newUpstream(stored.row, other, at.UnixMilli()); err != nil {
+		up, err := in.operations.newUpstream(stored.row, other, at.UnixMilli())
+		if err != nil {
 			return stored, err
 		}
 		if err = in.store.addUpstream(ctx, systemOrigin(time.Now()), up, at.UnixMilli()); err != nil {

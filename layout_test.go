@@ -399,7 +399,7 @@ func testLayoutSecrets(t *testing.T, b buildVariant) {
 	want := map[string]int{
 		"admin_session.go": 1, // binding a session to MANAGEMENT_TOKEN
 		// masking a provider's key in what the provider says
-		"proxy_attempts.go": 1, "proxy_response.go": 1, "proxy_settle.go": 1,
+		"proxy_response.go": 1, "proxy_settle.go": 1,
 		"audit.go":           2, // the key of the audit trail: deriving it, using it
 		"command_restore.go": 2, // the new management key after --revoke=all; a new encryption key, into its file
 		"datadir.go":         2, // the encryption key: into its file, into the sealer

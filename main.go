@@ -296,7 +296,8 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 	in.operations = &operations{
 		store: in.store, sealer: in.sealer, registry: in.registry, limits: limits, health: in.health,
 		running: in.running, prices: &in.prices, contentKey: in.contentKey, cache: in.cache,
-		notifier: in.notifier, openaiURL: cfg.openaiURL, allowPrivate: cfg.allowPrivate, fields: newFieldTables(),
+		notifier: in.notifier, keyTester: newKeyTester(in.transport), openaiURL: cfg.openaiURL,
+		allowPrivate: cfg.allowPrivate, fields: newFieldTables(),
 		self: replicaRow{version: versionText(), address: cfg.replicaAddress(), startedAt: started.UnixMilli()},
 	}
 	auth := newManagementAuth(in.log, in.store, cfg.managementToken, addresses)

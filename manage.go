@@ -85,6 +85,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"PATCH /manage/projects/{id}/upstreams/{upstream}", roleAdmin,
 			withInput(fields.upstream, api.patchUpstream), nil},
 		{"DELETE /manage/projects/{id}/upstreams/{upstream}", roleAdmin, api.deleteUpstream, nil},
+		{"POST /manage/projects/{id}/upstreams/{upstream}/test", roleOperator, api.testKey, nil},
 		{"GET /manage/tokens", roleViewer, api.listTokens, pageParams("project_id", "active", "name", "search")},
 		{"POST /manage/tokens", roleOperator, withInput(fields.token, api.createToken), nil},
 		{"GET /manage/tokens/{id}", roleViewer, withValueQuery(api.getToken), valueParams()},

@@ -335,6 +335,7 @@ type projectInput struct {
 	active                  optional[bool]
 	policy, routing         optional[json.RawMessage]
 	costMultiplier          optional[json.RawMessage]
+	upstreams               []upstreamInput // of a new project; only the pages send them
 }
 
 func projectFields() []field[projectInput, projectRow] {

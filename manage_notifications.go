@@ -1,7 +1,7 @@
 // This file has what administrators do with webhooks: the fields of one, the operations, the handlers of /manage, and
 // how webhooks and deliveries are shown. No response contains the URL of a webhook; its secret is only in the one that
-// created it. What is sent when is decided in notifications.go. It also finds the limits that are nearly used up, and
-// records failed sign-ins in the audit trail, and the end of the trail in the log.
+// created it. What is sent when is decided in notifications.go. It also finds the limits that are nearly used up, has
+// the test of a provider's key, and records failed sign-ins in the audit trail, and the end of the trail in the log.
 package main
 
 import (
@@ -10,8 +10,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math"
+	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -349,6 +352,187 @@ func (api *manageAPI) redeliver(r *manageRequest) (any, error) {
 	}
 	d, err := api.ops.redeliver(r.ctx, r.origin, r.pathValue("id"), r.pathValue("delivery"))
 	return newDeliveryView(&d), err
+}
+
+// A keyTester asks providers for their lists of models, which costs nothing, to find out whether they accept a key.
+type keyTester struct {
+	transport http.RoundTripper
+	slots     chan struct{} // of running tests: a list of models takes memory
+}
+
+const (
+	keyTestTimeout = 10 * time.Second
+	maxKeyTests    = 4
+)
+
+func newKeyTester(transport http.RoundTripper) *keyTester {
+	return &keyTester{transport, make(chan struct{}, maxKeyTests)}
+}
+
+// A keyTestResult is what the test of a key has shown, as /manage names it.
+type keyTestResult string
+
+const (
+	keyTestAccepted    keyTestResult = "accepted"
+	keyTestRefused     keyTestResult = "refused"
+	keyTestExhausted   keyTestResult = "exhausted"   // the account has no credit left
+	keyTestUnreachable keyTestResult = "unreachable" // there was no answer
+	keyTestUnusable    keyTestResult = "unusable"    // nothing was sent: the stored upstream cannot be used
+	keyTestUnclear     keyTestResult = "unclear"     // the answer says nothing about the key
+)
+
+func keyTestResults() []keyTestResult {
+	return []keyTestResult{keyTestAccepted, keyTestRefused, keyTestExhausted, keyTestUnreachable, keyTestUnusable,
+		keyTestUnclear}
+}
+
+// A keyTest is the result of a test. It has nothing of the provider's answer but a number and an identifier.
+type keyTest struct {
+	result keyTestResult
+	status int    // of the provider's answer; 0: there was none
+	code   string // the provider's code for its error, "" if it has none
+	models int    // in the list; only with status 200
+	more   bool   // the list is longer
+}
+
+// send asks the provider of an upstream for its models.
+func (t *keyTester) send(ctx context.Context, u *upstream) (result keyTest) {
+	ctx, cancel := context.WithTimeout(ctx, keyTestTimeout)
+	defer cancel()
+	select {
+	case t.slots <- struct{}{}:
+		defer func() { <-t.slots }()
+	case <-ctx.Done():
+		return keyTest{result: keyTestUnclear}
+	}
+	form, h := listFormOf(u.family()), http.Header{"Accept": {"application/json"}, "User-Agent": {"llm-proxy"}}
+	u.authorize(h)
+	if u.provider == providerAnthropic {
+		h["Anthropic-Version"] = []string{"2023-06-01"}
+	}
+	target := u.url("/v1/models", form.pageQuery("", ""))
+	req := &http.Request{Method: http.MethodGet, URL: target, Host: u.host, Header: h}
+	res, err := u.send(t.transport, req.WithContext(ctx))
+	if err != nil {
+		return keyTest{result: keyTestUnreachable}
+	}
+	defer res.Body.Close()
+	var text []byte
+	if mediaType(res.Header.Get("Content-Type")) != "text/event-stream" { // which may have no end
+		text, _ = io.ReadAll(io.LimitReader(res.Body, maxModelList)) // a part of an error says enough
+	}
+	mask := u.newKeyMask()
+	text = append(mask.redact(text), mask.flush()...)
+	maskKeyLike(text)
+	return judgeKey(res.StatusCode, form, text)
+}
+
+// judgeKey returns what an answer to the request for a list of models says about the key. The request has nothing of a
+// client, so that every refusal is about the key. text has no key any more.
+func judgeKey(status int, form modelListForm, text []byte) keyTest {
+	t := keyTest{result: keyTestUnclear, status: status}
+	if status == http.StatusOK {
+		if page, err := form.parsePage(text); err == nil {
+			t.result, t.models, t.more = keyTestAccepted, len(page.entries), page.next != ""
+		}
+		return t
+	}
+	e := parseProviderError(text)
+	for _, code := range e.codes {
+		isTelling := (&providerError{codes: []string{code}}).accountTrouble() != noTrouble
+		if isCode(code) && code != "error" && (t.code == "" || isTelling) {
+			t.code = code
+		}
+	}
+	switch f := e.judge(status, 0); {
+	case f.kind == faultQuota:
+		t.result = keyTestExhausted
+	case status < 500 && e.lacksScope(), status == http.StatusTooManyRequests: // it is a key of an account
+		t.result = keyTestAccepted
+	case f.kind == faultKey, status == http.StatusUnauthorized, status == http.StatusForbidden:
+		t.result = keyTestRefused
+	}
+	return t
+}
+
+// isCode reports whether a text is an identifier: a provider's text may quote anything.
+func isCode(text string) bool {
+	return text != "" && len(text) <= 40 && strings.Trim(text, "abcdefghijklmnopqrstuvwxyz_") == ""
+}
+
+// summary describes the result for people.
+func (t *keyTest) summary() string {
+	answer := strings.TrimSpace(strconv.Itoa(t.status) + " " + t.code)
+	switch t.result {
+	case keyTestAccepted:
+		switch {
+		case t.more:
+			return "The key works: more than " + pluralize(int64(t.models), "model", "models") + "."
+		case t.status == http.StatusOK:
+			return "The key works: " + pluralize(int64(t.models), "model", "models") + "."
+		case t.status == http.StatusTooManyRequests:
+			return "The provider limits the rate of the key at the moment: " + answer + "."
+		}
+		return "The key works, but it may not list models: " + answer + "."
+	case keyTestRefused:
+		return "The provider refuses the key: " + answer + "."
+	case keyTestExhausted:
+		return "The provider knows the key, but its account has no credit left: " + answer + "."
+	case keyTestUnreachable:
+		return "The provider cannot be reached, or did not answer in 10 seconds. Check the base URL and the network."
+	case keyTestUnusable:
+		return "The stored key does not open, or its base URL is not allowed any more. Enter the key again."
+	}
+	if t.status == 0 {
+		return "The key was not tested, because other keys are being tested. Try again."
+	}
+	return "The provider answered " + answer + " when it was asked for its models. That says nothing about the key."
+}
+
+const actionTestKey = "upstream.test"
+
+// testKey finds out whether the provider accepts the key of an upstream. It changes nothing, not even the key's health.
+func (ops *operations) testKey(ctx context.Context, origin auditOrigin, projectID, id string) (keyTest, error) {
+	row, err := ops.store.upstreamByID(ctx, projectID, id)
+	if err != nil {
+		return keyTest{}, err
+	}
+	event := auditEvent{actionTestKey, row.id, []auditField{{"project_id", row.projectID}}}
+	if err := ops.store.recordAuditEvent(ctx, origin, event); err != nil {
+		return keyTest{}, fmt.Errorf("recording who tests a key: %w", err)
+	}
+	u := ops.registry.upstream(&row)
+	if u.configErr != nil {
+		return keyTest{result: keyTestUnusable}, nil
+	}
+	return ops.keyTester.send(ctx, u), nil
+}
+
+// A keyTestView is the result of a test as the management API shows it.
+type keyTestView struct {
+	UpstreamID string        `json:"upstream_id"`
+	Result     keyTestResult `json:"result"`
+	Status     *int          `json:"status"` // of the provider's answer; null: there was none
+	Code       string        `json:"code"`
+	Models     *int          `json:"models"` // null: there was no list
+	MoreModels bool          `json:"more_models"`
+	Summary    string        `json:"summary"`
+}
+
+func (api *manageAPI) testKey(r *manageRequest) (any, error) {
+	if err := decodeObject(r.body, map[string]any{}); err != nil {
+		return nil, err
+	}
+	t, err := api.ops.testKey(r.ctx, r.origin, r.pathValue("id"), r.pathValue("upstream"))
+	v := keyTestView{UpstreamID: r.pathValue("upstream"), Result: t.result, Code: t.code, MoreModels: t.more,
+		Summary: t.summary()}
+	if t.status != 0 {
+		v.Status = &t.status
+	}
+	if t.status == http.StatusOK && t.result == keyTestAccepted {
+		v.Models = &t.models
+	}
+	return v, err
 }
 
 // A signInAuditor records failed sign-ins in the audit trail, and logs the head of the trail.

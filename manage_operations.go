@@ -32,6 +32,7 @@ type operations struct {
 	contentKey   *contentKey
 	cache        *responseCache
 	notifier     *notifier
+	keyTester    *keyTester
 	openaiURL    string      // the base URL of an OpenAI upstream that names none
 	allowPrivate bool        // base URLs may be private addresses and plain http
 	fields       fieldTables // of the inputs
@@ -222,11 +223,11 @@ func (ops *operations) changeManagementKey(
 	return ops.store.changeManagementKey(ctx, origin, id, version, origin.at, change)
 }
 
-// createProject creates a project and, when a provider key is given, its first upstream.
+// createProject creates a project with its upstreams: a first one if a provider key is given, and those of the input.
 func (ops *operations) createProject(ctx context.Context, origin auditOrigin, in projectInput) (projectRow, error) {
-	p, up, err := ops.newProject(in, origin.at)
+	p, upstreams, err := ops.newProject(in, origin.at)
 	if err == nil {
-		err = ops.store.addProject(ctx, origin, p, up)
+		err = ops.store.addProject(ctx, origin, p, upstreams...)
 	}
 	if err != nil {
 		return projectRow{}, err
@@ -234,8 +235,8 @@ func (ops *operations) createProject(ctx context.Context, origin auditOrigin, in
 	return *p, nil
 }
 
-// newProject makes the rows of a project that is not stored yet; the upstream is nil without a key.
-func (ops *operations) newProject(in projectInput, at int64) (*projectRow, *upstreamRow, error) {
+// newProject makes the rows of a project and its upstreams, which are not stored yet.
+func (ops *operations) newProject(in projectInput, at int64) (*projectRow, []*upstreamRow, error) {
 	in.name.set = true // it is required
 	p := &projectRow{id: newID("proj"), active: true, policy: "{}", routing: "{}",
 		costMultiplier: multiplierOne, createdAt: at, updatedAt: at}
@@ -249,12 +250,24 @@ func (ops *operations) newProject(in projectInput, at int64) (*projectRow, *upst
 		in.key = in.openaiKey
 	case !in.key.hasValue() && (in.provider.set || in.baseURL.set):
 		return nil, nil, &fieldError{"api_key", "is required with provider or base_url"}
-	case !in.key.hasValue():
-		return p, nil, nil
 	}
-	first := upstreamInput{name: given("primary"), provider: in.provider, baseURL: in.baseURL, key: in.key}
-	up, err := ops.newUpstream(p, first, at)
-	return p, up, err
+	var upstreams []*upstreamRow
+	if in.key.hasValue() {
+		first := upstreamInput{name: given("primary"), provider: in.provider, baseURL: in.baseURL, key: in.key}
+		up, err := ops.newUpstream(p, first, at)
+		if err != nil {
+			return nil, nil, err
+		}
+		upstreams = append(upstreams, up)
+	}
+	for i, other := range in.upstreams {
+		up, err := ops.newUpstream(p, other, at)
+		if err != nil {
+			return nil, nil, qualifyFieldError(fmt.Sprintf("upstreams[%d]", i), err)
+		}
+		upstreams = append(upstreams, up)
+	}
+	return p, upstreams, nil
 }
 
 func (ops *operations) updateProject(

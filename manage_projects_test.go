@@ -349,3 +349,98 @@ func TestGoogleBaseURL(t *testing.T) {
 		}
 	}
 }
+
+// TestKeyTest: the test of a key says what the provider answered, whatever its API, reveals nothing of the answer but a
+// code, changes nothing, and goes only where calls may go.
+func TestKeyTest(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	upstreams := map[string]string{"openai": p.upstream}
+	for _, provider := range []string{"anthropic", "google", "azure", "compatible"} {
+		var up struct{ ID string }
+		p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"`+provider+`","provider":"`+provider+
+			`","base_url":"`+p.provider.url+`","api_key":"`+p.provider.key+`"}`, 201, &up)
+		upstreams[provider] = up.ID
+	}
+	list := `{"object":"list","data":[{"id":"a"},{"id":"b"},{"id":"` + p.provider.key + `"}]}`
+	refusal := func(code, text string) string {
+		return `{"error":{"message":"` + text + `","type":"invalid_request_error","code":"` + code + `"}}`
+	}
+	for _, c := range []struct {
+		provider, target string
+		status           int
+		body             string
+		want             string // the result, with everything but its id
+	}{
+		{"openai", "/v1/models", 200, list, `"accepted","status":200,"code":"","models":3,"more_models":false,` +
+			`"summary":"The key works: 3 models."`},
+		{"azure", "/v1/models", 200, `{"data":[{"id":"a"}]}`, `"models":1,"more_models":false,` +
+			`"summary":"The key works: 1 model."`},
+		{"compatible", "/v1/models", 200, `{"data":[]}`, `"summary":"The key works: 0 models."`},
+		{"anthropic", "/v1/models?limit=1000", 200, `{"data":[{"id":"a"}],"has_more":true,"last_id":"a"}`,
+			`"more_models":true,"summary":"The key works: more than 1 model."`},
+		{"google", "/v1beta/models?pageSize=1000", 200, `{"models":[{"name":"models/a"},{"name":"models/b"}]}`,
+			`"summary":"The key works: 2 models."`},
+		{"openai", "/v1/models", 401, refusal("invalid_api_key", "Incorrect API key provided: "+p.provider.key),
+			`"refused","status":401,"code":"invalid_api_key","models":null,"more_models":false,` +
+				`"summary":"The provider refuses the key: 401 invalid_api_key."`},
+		{"anthropic", "/v1/models?limit=1000", 401, `{"type":"error","error":{"type":"authentication_error"}}`,
+			`"The provider refuses the key: 401 authentication_error."`},
+		{"google", "/v1beta/models?pageSize=1000", 400, `{"error":{"code":400,"message":"API key not valid.",` +
+			`"status":"INVALID_ARGUMENT","details":[{"reason":"API_KEY_INVALID"}]}}`,
+			`"The provider refuses the key: 400 api_key_invalid."`},
+		{"openai", "/v1/models", 401, refusal(p.provider.key, "no"),
+			`"refused","status":401,"code":"invalid_request_error"`},
+		{"openai", "/v1/models", 403, "<html>" + p.provider.key, `"refused","status":403,"code":""`},
+		{"openai", "/v1/models", 403, refusal("", "You have insufficient permissions for this operation."),
+			`"accepted","status":403`},
+		{"openai", "/v1/models", 429, refusal("insufficient_quota", "x"), `"exhausted","status":429`},
+		{"openai", "/v1/models", 429, refusal("rate_limit_exceeded", "x"), `"accepted","status":429`},
+		{"compatible", "/v1/models", 404, "", `"unclear","status":404`},
+		{"compatible", "/v1/models", 200, "<html>hello", `"unclear","status":200`},
+		{"compatible", "/v1/models", 302, "", `"unclear","status":302`},
+		{"compatible", "/v1/models", 500, refusal("<b>", "x"), `"unclear","status":500,"code":"invalid_request_error"`},
+	} {
+		p.provider.setScript(func(conn *providerConn, _ recordedRequest) bool { return conn.reply(c.status, c.body) })
+		before := p.managedRows()
+		path := "/manage/projects/" + p.project + "/upstreams/" + upstreams[c.provider] + "/test"
+		res := p.manageAs(p.adminKey, "POST", path, "")
+		if res.status != 200 || !strings.Contains(res.body, c.want) {
+			t.Errorf("%s answers %d %s: got %d %s, want %s", c.provider, c.status, c.body, res.status, res.body, c.want)
+		}
+		r := p.provider.lastRequest(t)
+		credentials := r.header.Get("Authorization") + r.header.Get("X-Api-Key") + r.header.Get("Api-Key") +
+			r.header.Get("X-Goog-Api-Key")
+		if r.method != "GET" || r.target != c.target || strings.TrimPrefix(credentials, "Bearer ") != p.provider.key {
+			t.Errorf("%s got %s %s with %q", c.provider, r.method, r.target, credentials)
+		}
+		if p.managedRows() != before {
+			t.Errorf("testing the key of %s changed something", c.provider)
+		}
+	}
+	test := "/manage/projects/" + p.project + "/upstreams/" + p.upstream + "/test"
+	p.provider.setScript(func(conn *providerConn, _ recordedRequest) bool { return conn.reset() })
+	if res := p.manageAs(p.adminKey, "POST", test, ""); !strings.Contains(res.body, `"unreachable","status":null`) {
+		t.Errorf("a provider that hangs up: %s", res.body)
+	}
+	_, viewer := p.newKey("v", "viewer")
+	_, operator := p.newKey("o", "operator")
+	for path, want := range map[string]int{test: 200, test + "s": 404, "/manage/projects/none/upstreams/x/test": 404} {
+		if res := p.manageAs(operator, "POST", path, ""); res.status != want {
+			t.Errorf("an operator, %s: %d", path, res.status)
+		}
+	}
+	if res := p.manageAs(viewer, "POST", test, ""); res.status != 403 {
+		t.Errorf("a viewer: %d", res.status)
+	}
+	requests := len(p.provider.received())
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	p.env["ALLOW_PRIVATE_UPSTREAMS"], p.env["OPENAI_API_URL"] = "false", ""
+	p.start()
+	res := p.manageAs(p.adminKey, "POST", test, "")
+	if !strings.Contains(res.body, `"unusable","status":null`) || len(p.provider.received()) != requests {
+		t.Errorf("an address that is not allowed any more: %s", res.body)
+	}
+}

@@ -540,6 +540,7 @@ func TestOpenAPIResponses(t *testing.T) {
 	c.call("GET", path+"/upstreams", "", 200)
 	c.call("GET", upstream, "", 200)
 	c.call("PATCH", upstream, `{"weight":2}`, 200)
+	c.call("POST", upstream+"/test", ``, 200)
 	token := "/manage/tokens/" +
 		c.call("POST", "/manage/tokens", `{"project_id":"`+project+`","policy":{`+policy+
 			`,"attribution":{"required":["session"],"fixed_tags":{"team":"search"}}}}`, 201)

@@ -234,7 +234,7 @@ func (a *attempt) readModelPage(res *http.Response) error {
 		return errModelList.withCause(errors.New("the lists of models are too large"))
 	}
 	n.bytesLeft -= len(page)
-	mask := newKeyMask(a.upstream.key())
+	mask := a.upstream.newKeyMask()
 	if page = append(mask.redact(page), mask.flush()...); mask.found {
 		a.t.p.log.Error("a provider's list of models contained its key; the key was masked",
 			"request_id", a.t.c.requestID, "upstream", a.upstream.id)

@@ -151,7 +151,7 @@ func (b *answerBody) Read(p []byte) (int, error) {
 // prepare reads the head of the provider's answer: it chooses the meter and copies the allowed headers to the
 // client's. It leaves nothing in res by which ReverseProxy would flush.
 func (w *responseWriter) prepare(res *http.Response) {
-	w.keyMask = newKeyMask(w.c.upstream.key())
+	w.keyMask = w.c.upstream.newKeyMask()
 	kind, contentType := w.c.endpoint.meter, mediaType(headerValue(res.Header, "Content-Type"))
 	encoded := headerValue(res.Header, "Content-Encoding")
 	opaque := encoded != "" && encoded != "identity"
@@ -406,6 +406,9 @@ type keyMask struct {
 	out   []byte // the last result of redact, if it had to join
 	found bool   // the key was found
 }
+
+// newKeyMask returns a mask for the key of an upstream.
+func (u *upstream) newKeyMask() keyMask { return newKeyMask(u.key()) }
 
 func newKeyMask(key string) keyMask {
 	m := keyMask{key: []byte(key), text: key, rare: max(0, len(key)-1)}

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 )
 
 // A projectRow is a project as stored.
@@ -162,9 +163,9 @@ func (u *upstreamRow) auditEvent(action string, oldFields []auditField) auditEve
 	return auditEvent{action, u.id, append(detail, diffAuditFields(oldFields, u.auditFields())...)}
 }
 
-// addProject stores a new project, and its first upstream unless up is nil. It fills in what the database
+// addProject stores a new project and its upstreams. It fills in what the database
 // decides.
-func (s *store) addProject(ctx context.Context, origin auditOrigin, p *projectRow, up *upstreamRow) error {
+func (s *store) addProject(ctx context.Context, origin auditOrigin, p *projectRow, upstreams ...*upstreamRow) error {
 	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		p.version = 1
 		tx.bind(p)
@@ -173,15 +174,24 @@ func (s *store) addProject(ctx context.Context, origin auditOrigin, p *projectRo
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING seq`,
 			p.columns()[1:]...).Scan(&p.seq)
 		event := auditEvent{"project.create", p.id, diffAuditFields(nil, p.auditFields())}
-		if err != nil || up == nil {
+		if err != nil {
 			return event, mapUniqueViolation(err)
 		}
-		up.project = p.seq
-		event.detail = append(event.detail, auditField{"upstream", up.id})
-		for _, f := range diffAuditFields(nil, up.auditFields()) {
-			event.detail = append(event.detail, auditField{"upstream." + f.name, f.value})
+		for i, up := range upstreams {
+			up.project = p.seq
+			name := "upstream"
+			if i > 0 {
+				name += strconv.Itoa(i + 1)
+			}
+			event.detail = append(event.detail, auditField{name, up.id})
+			for _, f := range diffAuditFields(nil, up.auditFields()) {
+				event.detail = append(event.detail, auditField{name + "." + f.name, f.value})
+			}
+			if err := insertUpstream(ctx, tx, up); err != nil {
+				return event, mapUniqueViolation(err)
+			}
 		}
-		return event, insertUpstream(ctx, tx, up)
+		return event, nil
 	})
 }
 

@@ -432,10 +432,15 @@ func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, e
 	}
 	for i := range ups {
 		if ups[i].active {
-			st.upstreams = append(st.upstreams, newUpstream(&ups[i], g.sealer, g.allowPrivate, g.health))
+			st.upstreams = append(st.upstreams, g.upstream(&ups[i]))
 		}
 	}
 	return st, nil
+}
+
+// upstream returns a stored upstream, ready for use.
+func (g *registry) upstream(row *upstreamRow) *upstream {
+	return newUpstream(row, g.sealer, g.allowPrivate, g.health)
 }
 
 // tokenChanged applies a token's row after an administrator's change.

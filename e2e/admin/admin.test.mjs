@@ -229,6 +229,47 @@ describe('the pages', { skip }, () => {
     });
   }
 
+  for (const javaScriptEnabled of [true, false]) {
+    test(`a key is tested when it is entered, and a project is made like another, scripts ${javaScriptEnabled ? 'on' : 'off'}`, async () => {
+      const visitor = await Visitor.start(browser, proxy.url, { javaScriptEnabled });
+      const { page } = visitor;
+      const name = `Tested ${javaScriptEnabled ? 'with' : 'without'} scripts`;
+      const models = (c) => c.reply(200, { object: 'list', data: [{ id: 'gpt-5' }, { id: 'gpt-5-mini' }] });
+      const refused = (c) => c.fail(401, { message: `Incorrect API key provided: ${proxy.provider.openaiKey}`, code: 'invalid_api_key' });
+      await visitor.signIn(proxy.managementToken);
+      await page.goto(`${proxy.url}/admin/projects/new`);
+      await page.getByLabel('Name', { exact: true }).fill(name);
+      await page.getByLabel('API key').fill(proxy.provider.openaiKey);
+      proxy.provider.script(models);
+      await page.getByRole('button', { name: 'Create project' }).click();
+      await page.getByText('The key works: 2 models.').waitFor();
+      proxy.provider.script(refused);
+      await page.getByRole('button', { name: 'Test key of primary' }).click();
+      await page.getByText('The provider refuses the key: 401 invalid_api_key.', { exact: true }).waitFor();
+      if (javaScriptEnabled) assert.deepEqual(await visitor.violations(), []);
+      assert.ok(!(await page.content()).includes(proxy.provider.openaiKey));
+      await page.reload();
+      assert.equal(await page.getByText('The provider refuses').count(), 0, 'a result is shown once');
+
+      await page.getByRole('link', { name: 'New project like this' }).click();
+      await page.getByRole('heading', { name: `New project like ${name}` }).waitFor();
+      await page.getByLabel('API key of primary').fill('sk-****');
+      await page.getByRole('button', { name: 'Create project' }).click({ noWaitAfter: true });
+      assert.equal(await page.evaluate(() => document.activeElement.name), 'name', 'a project needs a name');
+      await page.getByLabel('Name', { exact: true }).fill(`${name}, twin`);
+      await page.getByRole('button', { name: 'Create project' }).click();
+      await page.getByRole('alert').getByRole('link', { name: /^API key of primary looks masked/ }).click();
+      await page.getByLabel('API key of primary').fill(proxy.provider.openaiKey);
+      proxy.provider.script(refused);
+      await page.getByRole('button', { name: 'Create project' }).click();
+      await page.getByText('The provider refuses the key: 401 invalid_api_key. It was saved anyway.').waitFor();
+      await page.getByRole('heading', { name: `${name}, twin` }).waitFor();
+      await page.getByRole('cell', { name: 'primary', exact: true }).waitFor();
+      assert.deepEqual(visitor.problems, []);
+      await visitor.context.close();
+    });
+  }
+
   test('the response cache is turned on, seen and emptied', async () => {
     const visitor = await Visitor.start(browser, proxy.url);
     const { page } = visitor;
@@ -515,7 +556,7 @@ describe('the pages', { skip }, () => {
     const webhook = `/admin/webhooks/${hook.id}`;
     const project = `/admin/projects/${proxy.project}`, one = `/admin/tokens/${token.id}`;
     const nav = await page.getByRole('navigation', { name: 'Main' }).getByRole('link').evaluateAll((all) => all.map((a) => a.getAttribute('href')));
-    paths.push(...nav, project, `${project}/edit`, `${project}/deactivate`, `${project}/upstreams/new`, `${project}/empty-cache`, one, `${one}/edit`, `${one}/rotate`, `${one}/revoke`,
+    paths.push(...nav, project, `${project}/edit`, `${project}/deactivate`, `${project}/upstreams/new`, `/admin/projects/new?like=${proxy.project}`, `/admin/tokens/new?like=${token.id}`, '/admin/tokens/new?preset=public-demo',  `${project}/empty-cache`, one, `${one}/edit`, `${one}/rotate`, `${one}/revoke`,
       '/admin/projects/new', '/admin/tokens/new', '/admin/tokens?name=nobody', '/admin/keys/new', `/admin/keys/${key.id}/edit`, '/admin/prices/new', '/admin/prices?model=gpt-4o-mini', '/admin/prices/list?search=gpt-5', '/admin/prices/simulate?model=gpt-4o-mini&input_tokens=1000',
       '/admin/dashboard?period=24h&measure=tokens&by=model', '/admin/dashboard?period=last-week', `/admin/dashboard?project=${proxy.project}`, `/admin/requests/${(await proxy.settled()).id}`, '/admin/requests?status=x', `/admin/requests/${hit.id}`, '/admin/requests?cache=hit',
       '/admin/webhooks/new', webhook, `${webhook}/edit`, `${webhook}/rotate`, `${webhook}/delete`, '/admin/audit/verify', '/admin/account');
