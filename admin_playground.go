@@ -544,10 +544,8 @@ func (c *playgroundCall) ask(stream bool, show func(playgroundAnswer) error) (a 
 	if err = show(a); err == nil && isEventStream(res) {
 		err = eachEvent(res.Body, read)
 	} else if err == nil {
-		var whole []byte
-		if whole, err = io.ReadAll(io.LimitReader(res.Body, maxPlaygroundAnswer)); err == nil {
-			err = read(whole)
-		}
+		whole, cut := io.ReadAll(io.LimitReader(res.Body, maxPlaygroundAnswer))
+		err = cmp.Or(cut, read(whole))
 	}
 	switch {
 	case a.Status >= 400:
@@ -594,8 +592,9 @@ func answerText(data []byte) (text, problem string) {
 	var v map[string]any
 	_ = json.Unmarshal(data, &v) // what cannot be read has no text
 	kind, _ := v["type"].(string)
-	if strings.HasPrefix(kind, "response.") && kind != "response.output_text.delta" {
-		return "", textAt(v, "response", "error", "message")
+	if kind == "error" || strings.HasPrefix(kind, "response.") && kind != "response.output_text.delta" {
+		return "", cmp.Or(textAt(v, "error", "message"), textAt(v, "message"),
+			textAt(v, "response", "error", "message"))
 	}
 	for _, path := range [...][]string{{"choices", "delta", "content"}, {"choices", "delta", "refusal"},
 		{"choices", "message", "content"}, {"choices", "message", "refusal"}, {"delta"}, {"delta", "text"},

@@ -407,6 +407,18 @@ func TestPlaygroundAPIs(t *testing.T) {
 		!strings.Contains(res.body, "The list of models could not be read. ") {
 		t.Errorf("no models: %d %s", res.status, res.body)
 	}
+	for data, want := range map[string]string{
+		`{"type":"error","message":"Responses"}`:                               "Responses",
+		`{"type":"response.failed","response":{"error":{"message":"Failed"}}}`: "Failed",
+		`{"type":"error","error":{"message":"Messages"}}`:                      "Messages",
+		`{"error":{"message":"Chat"}}`:                                         "Chat",
+		`{"error":null,"choices":[{"message":{"content":null}}]}`:              "",
+		`[1`: "",
+	} {
+		if text, problem := answerText([]byte(data)); text != "" || problem != want {
+			t.Errorf("%s: %q %q", data, text, problem)
+		}
+	}
 	if res := b.post("/admin/playground", p.playgroundForm()); !strings.Contains(res.body,
 		"500 Internal Server Error. Out of &lt;order&gt;.") {
 		t.Errorf("an error of the provider: %s", res.body)

@@ -279,6 +279,37 @@ describe('the journeys', { skip }, () => {
     await w.page.getByRole('region', { name: 'The last call' }).waitFor();
   });
 
+  journey('create a management key for a colleague', async (w, start) => {
+    await start();
+    await w.to('Management keys');
+    await w.link('New key');
+    await w.type('Name', 'Grace');
+    await w.choose('Role', 'operator');
+    await w.button('Create key');
+    assert.match(await w.page.locator('#secret').textContent(), /^llmpm_/);
+  });
+
+  journey('find the calls of an end user', async (w, start) => {
+    await settled(call(proxy.token, { 'x-llm-proxy-end-user': 'alice@example.com' }));
+    await start();
+    await w.to('Calls');
+    await w.type('Search', 'alice');
+    await w.enter();
+    await w.page.getByRole('link', { name: 'alice@example.com' }).waitFor();
+  });
+
+  journey('stop all calls of a project', async (w, start) => {
+    const { id } = await newProject('to be stopped');
+    const { token } = await newToken({ id }, 'stopped');
+    await start();
+    await w.to('Projects');
+    await w.link('to be stopped');
+    await w.link('Deactivate');
+    await w.button('Deactivate');
+    await w.see('Project deactivated');
+    assert.equal((await call(token)).status, 403);
+  });
+
   journey('verify the audit trail', async (w, start) => {
     await start();
     await w.to('Audit trail');
