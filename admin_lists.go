@@ -497,8 +497,7 @@ func (ui *adminUI) readTokens(r *pageRequest, v *tokensView, q tokenListQuery, l
 // fillTokens reads the page of the list that the address asks for.
 func (ui *adminUI) fillTokens(r *pageRequest, v *tokensView, q tokenListQuery) error {
 	shown := cmp.Or(v.Order, tokensNewest)
-	isByEnd := strings.TrimPrefix(q.order, "-") == tokensByEnd
-	if isByEnd && (v.State == "" || v.State == "unused") {
+	if strings.TrimPrefix(cmp.Or(v.Order, q.order), "-") == tokensByEnd && (v.State == "" || v.State == "unused") {
 		v.Hint = "Revoked tokens are left out: they no longer expire."
 	}
 	if v.Order == "" && (q.order == tokensRevoked || q.order == tokensUnused) {
@@ -507,8 +506,7 @@ func (ui *adminUI) fillTokens(r *pageRequest, v *tokensView, q tokenListQuery) e
 	isSorted, err := false, error(nil)
 	if v.sortsHere() {
 		if isSorted, err = ui.sortTokens(r, v, q); err == nil && !isSorted {
-			v.Hint = "More than 1,000 tokens match: too many to sort by this column. " +
-				"Search, or choose a project or a state."
+			v.Hint = "Too many tokens to sort by this column. Search, or choose a project or a state."
 			v.Order, shown = "", tokensNewest
 		}
 	}
@@ -533,11 +531,14 @@ func (ui *adminUI) sortTokens(r *pageRequest, v *tokensView, q tokenListQuery) (
 	if err != nil || more {
 		return false, err
 	}
+	order := strings.TrimPrefix(v.Order, "-")
+	if order == tokensByEnd && v.State != "revoked" { // like the index by end
+		all = slices.DeleteFunc(all, func(t tokenLine) bool { return t.RevokedAt != nil })
+	}
 	use, err := ui.addTokenUse(r, all)
 	if err != nil {
 		return false, err
 	}
-	order := strings.TrimPrefix(v.Order, "-")
 	page := sortedPage(r, &v.listView, all, v.Order, func(t *tokenLine) sortKey {
 		key := sortKey{seq: t.seq}
 		switch order {

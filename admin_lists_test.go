@@ -2,6 +2,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"html"
 	"net/url"
@@ -109,6 +110,14 @@ func TestSearch(t *testing.T) {
 	p.manage("DELETE", "/manage/tokens/"+ids["CI/Runner"], "", 200, nil)
 	if got := p.listedTokens("search=runner&active=true"); len(got) > 0 {
 		t.Errorf("revoked, but active: %q", got)
+	}
+	for query, found := range map[string]bool{"search=runner": true, "search=runner&order=ends": false,
+		"search=runner&order=-ends&state=revoked": true} {
+		body := b.get("/admin/tokens?" + query).body
+		got := link.MatchString(body)
+		if got != found || strings.Contains(body, "Revoked tokens are left out") == found {
+			t.Errorf("%s: a revoked token is listed: %v", query, got)
+		}
 	}
 	long := strings.Repeat("x", maxSearchBytes+1)
 	for _, path := range []string{"/manage/tokens?search=", "/manage/projects?search=", "/manage/requests?search="} {
@@ -534,5 +543,74 @@ func TestForecast(t *testing.T) {
 	forecastLimits(bars, time.Date(2026, 11, 15, 0, 0, 0, 0, time.UTC))
 	if at := bars[0].UsedUpAt; at == nil || time.UnixMilli(int64(*at)).UTC().Format(time.DateOnly) != "2026-11-16" {
 		t.Errorf("a month's limit: %v", at)
+	}
+}
+
+// TestListsHostile: no text in an address and no forged position makes a list fail, and what /manage gives as the next
+// position can be used.
+func TestListsHostile(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	b := p.signIn(p.adminKey)
+	p.chat()
+	p.waitSettled()
+	hook := p.newHook(t, formatStandard, `,"is_active":false`)
+	const last = "1y2p0ij32e8e7" // the largest seq in a position
+	texts := []string{"a\x00b", "ab\xffc", `"""`, "%_*'", "NEAR(", "\u0130", "\u200b\u200b\u200b", "team=$", "-1"}
+	positions := []string{last + ".", last + "." + last, last + "." + last + "%2C" + last, "1.%00", "1.-1", "-1."}
+	for _, list := range []struct {
+		path   string
+		params string
+	}{
+		{"/manage/tokens", "search name project_id active limit after"},
+		{"/manage/tokens?search=%C3%89", "after name"},
+		{"/manage/tokens?name=a", "after"},
+		{"/manage/projects", "search name limit after"},
+		{"/manage/requests", "search session end_user tag outcome cache token_id project_id from after"},
+		{"/manage/sessions?session=s", "session project_id after"},
+		{"/manage/audit", "actor action object after"},
+		{"/manage/prices/list", "search provider after"},
+		{hook.path + "/deliveries", "state after limit"},
+		{"/manage/usage?group_by=end_user", "top project_id token_id interval"},
+		{"/manage/projects/" + p.project, "limit_value limit_values"},
+		{"/admin/tokens", "search name project_id state order after before limit"},
+		{"/admin/tokens?search=%C3%89", "after before order"},
+		{"/admin/tokens?order=cost", "after before"},
+		{"/admin/tokens?order=-name", "after before"},
+		{"/admin/tokens?order=ends&state=active", "after before"},
+		{"/admin/tokens?state=revoked", "after before"},
+		{"/admin/projects", "search order after before"},
+		{"/admin/requests", "search session end_user tag model endpoint outcome status after before order"},
+		{"/admin/session", "session project_id after"},
+		{"/admin/audit", "actor action object after before"},
+		{strings.Replace(hook.path, "/manage", "/admin", 1), "after"},
+	} {
+		for name := range strings.FieldsSeq(list.params) {
+			values := texts
+			if name == "after" || name == "before" {
+				values = slices.Concat(texts, positions)
+			}
+			for _, value := range values {
+				path := list.path + "?" + name + "=" + url.QueryEscape(value)
+				if strings.Contains(list.path, "?") {
+					path = list.path + "&" + name + "=" + url.QueryEscape(value)
+				}
+				var res testResponse
+				if strings.HasPrefix(path, "/manage") {
+					res = p.manageAs(p.adminKey, "GET", path, "")
+				} else {
+					res = b.get(path)
+				}
+				if res.status >= 500 || res.status == 401 || res.status == 403 {
+					t.Errorf("%s: got %d %.200s", path, res.status, res.body)
+				}
+				var page struct{ Next string }
+				if json.Unmarshal([]byte(res.body), &page) == nil && page.Next != "" {
+					if _, _, err := parseCursor(page.Next); err != nil {
+						t.Errorf("%s: the next position is %q", path, page.Next)
+					}
+				}
+			}
+		}
 	}
 }

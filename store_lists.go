@@ -156,7 +156,7 @@ func (s *store) listTokens(ctx context.Context, q tokenListQuery) (rows []tokenR
 // it.
 func (q *tokenListQuery) scanRange(newest int64) (more bool, last int64) {
 	if q.order == tokensOldest {
-		last = q.afterSeq + maxScannedNames
+		last = min(q.afterSeq, newest) + maxScannedNames
 		return last < newest, last
 	}
 	last = max(1, min(cmp.Or(q.afterSeq, math.MaxInt64), newest+1)-maxScannedNames)
