@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 )
 
 //go:embed openapi.yaml
@@ -30,12 +31,7 @@ func serveOpenAPI() http.HandlerFunc {
 		h.Set("Content-Type", "application/yaml")
 		h.Set("ETag", etag)
 		h.Set("Cache-Control", "public, no-cache")
-		if slices.Contains(r.Header["If-None-Match"], etag) {
-			w.WriteHeader(http.StatusNotModified)
-			return
-		}
-		h.Set("Content-Length", strconv.Itoa(len(openAPIFile)))
-		_, _ = w.Write(openAPIFile)
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(openAPIFile))
 	}
 }
 

@@ -70,6 +70,13 @@ func TestReferencePage(t *testing.T) {
 		t.Errorf("only %d descriptions were found", found)
 	}
 	checkAnchors(t, res.body)
+	labels := map[string]bool{}
+	for _, m := range regexp.MustCompile(` aria-label="([^"]*)"`).FindAllStringSubmatch(res.body, -1) {
+		if labels[m[1]] {
+			t.Errorf("two parts of the page are named %s", m[1])
+		}
+		labels[m[1]] = true
+	}
 }
 
 // checkAnchors checks that each link within a page leads to an element, and that no two elements have one ID.
@@ -152,6 +159,9 @@ func TestReferenceFile(t *testing.T) {
 	}
 	if res := p.do("GET", "/openapi.yaml", "", "If-None-Match", `"other"`); res.status != 200 {
 		t.Errorf("with another ETag: got %d", res.status)
+	}
+	if res := p.do("GET", "/openapi.yaml", "", "If-None-Match", `"other", W/`+etag); res.status != 304 {
+		t.Errorf("with its ETag in a list: got %d", res.status)
 	}
 	if res := p.do("POST", "/openapi.yaml", "{}"); res.status != 405 || res.header.Get("Allow") == "" {
 		t.Errorf("POST: got %d %v", res.status, res.header)
