@@ -76,13 +76,20 @@ type meter struct {
 	inList        bool         // they are elements of a list that has not ended: a stream of Gemini's API
 	head          []byte       // the start of a field's name that may become an SSE field
 	reader        *eventReader // of a stream
+	spare         *eventReader // of an earlier answer, for its buffers; nil: there is none
 }
 
 // newMeter returns a meter for one answer. sse: the answer says that it is a text/event-stream. encoded: its
 // bytes are compressed, and only counted. strip: the proxy itself asked for stream_options.include_usage, so
 // the event with empty choices and a usage object is left out.
 func newMeter(kind meterKind, sse, encoded, strip bool) *meter {
-	m := &meter{kind: kind, declaredSSE: sse, strip: strip && !encoded && kind == meterOpenAI}
+	return new(meter).renew(kind, sse, encoded, strip)
+}
+
+// renew returns m as newMeter would, whatever it was used for before. Only the space of its buffers stays.
+func (m *meter) renew(kind meterKind, sse, encoded, strip bool) *meter {
+	*m = meter{kind: kind, declaredSSE: sse, strip: strip && !encoded && kind == meterOpenAI,
+		spare: cmp.Or(m.reader, m.spare)}
 	if encoded {
 		m.format = formatEncoded
 	}
@@ -100,11 +107,6 @@ func (m *meter) isStream() bool { return m.format == formatSSE || m.documents > 
 // isUnfinished reports whether the answer was delivered whole, but is a JSON document without its end.
 func (m *meter) isUnfinished() bool {
 	return m.ended && m.format == formatJSON && (m.inList || m.scan.state != scanClosed && m.scan.state != scanBroken)
-}
-
-// lacksEndMarker reports whether the answer is a stream of events of which the last has not come.
-func (m *meter) lacksEndMarker() bool {
-	return !m.done && (m.format == formatSSE || m.format == formatUnknown && m.declaredSSE)
 }
 
 // process reads the next bytes of the answer and returns the bytes for the client: p itself unless strip is
@@ -152,7 +154,7 @@ func (m *meter) detectFormat(p []byte) (start int, ready []byte) {
 	m.head = nil
 	switch {
 	case m.format == formatSSE:
-		m.reader = &eventReader{}
+		m.reader = m.spare.renew()
 	case m.format == formatOther:
 		m.failed = rest[0] == '<' && m.kind != meterTranscripts && m.kind != meterMedia // a page, where JSON is due
 	}

@@ -275,6 +275,22 @@ type eventReader struct {
 	deltas int64 // complete events that may carry a piece of the answer
 }
 
+// lacksEndMarker reports whether the answer is a stream of events of which the last has not come.
+func (m *meter) lacksEndMarker() bool {
+	return !m.done && (m.format == formatSSE || m.format == formatUnknown && m.declaredSSE)
+}
+
+const maxSpareBytes = 64 << 10 // of a buffer that is used again
+
+// renew returns an empty reader, which is e itself unless that is nil.
+func (e *eventReader) renew() *eventReader {
+	if e == nil || cap(e.buffer)+cap(e.out) > maxSpareBytes {
+		return &eventReader{}
+	}
+	*e = eventReader{buffer: e.buffer[:0], out: e.out[:0]}
+	return e
+}
+
 // processEvents is process for a stream.
 func (m *meter) processEvents(p []byte) []byte {
 	e := m.reader

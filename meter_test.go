@@ -165,6 +165,28 @@ func TestMeterGolden(t *testing.T) {
 	}
 }
 
+// TestMeterRenewed: a meter that was used for other answers is as a new one.
+func TestMeterRenewed(t *testing.T) {
+	t.Parallel()
+	m, rnd := newMeter(meterOpenAI, true, false, true), rand.New(rand.NewPCG(1, 2))
+	for range 3 {
+		for _, g := range usageCases(t) {
+			for _, strip := range []bool{true, false} {
+				pieces := func() int { return 1 + rnd.IntN(200) }
+				fresh, cut := g.meter(strip), len(g.body)-rnd.IntN(2)*rnd.IntN(len(g.body))
+				want := runMeter(fresh, g.body[:cut], pieces)
+				m.renew(fresh.kind, fresh.declaredSSE, false, strip)
+				if out := runMeter(m, g.body[:cut], pieces); !bytes.Equal(out, want) {
+					t.Fatalf("%s cut at %d: the client got %q, want %q", g.name, cut, out, want)
+				}
+				if got, want := meterState(m), meterState(fresh); got != want {
+					t.Fatalf("%s cut at %d:\n got %s\nwant %s", g.name, cut, got, want)
+				}
+			}
+		}
+	}
+}
+
 // TestMeterEveryCut cuts streams at every byte: the client gets every byte and nothing more, except for the
 // usage event if it is complete (ST2, ST6).
 func TestMeterEveryCut(t *testing.T) {
@@ -641,13 +663,16 @@ func FuzzMeter(f *testing.F) {
 				c.cacheWrite < 0 || c.cached+c.cacheWrite > c.input || c.reasoning > c.output {
 				t.Fatalf("insane counts %+v", c)
 			}
+			used := newMeter(kind, sse, false, strip)
 			for _, top := range []int{1, 2, 20, 300} {
-				m := newMeter(kind, sse, false, strip)
-				if got := runMeter(m, body, func() int { return 1 + rnd.IntN(top) }); !bytes.Equal(got, want) {
-					t.Fatalf("in pieces the client got\n%q\nwant\n%q", got, want)
-				}
-				if got, want := meterState(m), meterState(ref); got != want {
-					t.Fatalf("in pieces\n got %s\nwant %s", got, want)
+				runMeter(used.renew(kind, !sse, false, !strip), body[rnd.IntN(len(body)+1):], allAtOnce)
+				for _, m := range []*meter{newMeter(kind, sse, false, strip), used.renew(kind, sse, false, strip)} {
+					if got := runMeter(m, body, func() int { return 1 + rnd.IntN(top) }); !bytes.Equal(got, want) {
+						t.Fatalf("in pieces the client got\n%q\nwant\n%q", got, want)
+					}
+					if got, want := meterState(m), meterState(ref); got != want {
+						t.Fatalf("in pieces\n got %s\nwant %s", got, want)
+					}
 				}
 			}
 		}

@@ -12,6 +12,7 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -21,6 +22,7 @@ type proxy struct {
 	proxyDeps
 	flights  flights
 	buffers  *bufferPool
+	meters   sync.Pool // of *meter
 	emptyURL *url.URL
 }
 
@@ -49,7 +51,7 @@ type proxyDeps struct {
 
 func newProxy(d proxyDeps) *proxy {
 	p := &proxy{proxyDeps: d, flights: flights{waiting: &d.cache.waiting, byKey: map[cacheKey]*flight{}},
-		buffers: newBufferPool(), emptyURL: &url.URL{}}
+		buffers: newBufferPool(), meters: sync.Pool{New: func() any { return new(meter) }}, emptyURL: &url.URL{}}
 	d.running.endAbandoned = p.endAbandoned
 	return p
 }
@@ -219,6 +221,10 @@ func (p *proxy) leave(c *call) {
 	_ = c.controller.SetWriteDeadline(c.endTime().Add(p.running.limits.clientStallTimeout))
 	c.memory.releaseAll()
 	p.running.remove(&c.runningCall)
+	if w := c.response; w != nil && w.meter != nil {
+		p.meters.Put(w.meter)
+		w.meter = nil
+	}
 }
 
 // authenticate finds the token that the request presents, and acquires it. It reads no byte of the body.

@@ -162,7 +162,7 @@ func (w *responseWriter) prepare(res *http.Response) {
 		kind = meterNone // an error is not billed
 	}
 	usageAdded := w.c.usageAdded && !w.c.attempts.current.plain
-	w.meter = newMeter(kind, w.sse, opaque, usageAdded)
+	w.meter = w.p.meters.Get().(*meter).renew(kind, w.sse, opaque, usageAdded) // leave gives it back
 	w.meter.scan.readID = w.c.endpoint.makesResponse()
 	if w.c.endpoint.showsResponse() && res.StatusCode < 300 {
 		w.watch = newMeter(meterOpenAI, w.sse, opaque, false)
