@@ -424,3 +424,21 @@ func TestPlaygroundAPIs(t *testing.T) {
 		t.Errorf("an error of the provider: %s", res.body)
 	}
 }
+
+// TestPlaygroundReplicas: the replicas share the token. Each renews it if it does not have its value.
+func TestPlaygroundReplicas(t *testing.T) {
+	t.Parallel()
+	replicas := newReplicas(t, 3, nil)
+	b := replicas[0].signIn(replicas[0].adminKey)
+	for i := range 12 {
+		p := replicas[i%3]
+		res := (&browser{p, b.cookie}).post("/admin/playground", p.playgroundForm())
+		p.playgroundSecrets()
+		if !strings.Contains(res.body, ">Hi</div>") {
+			t.Errorf("call %d: %d %s", i, res.status, res.body)
+		}
+	}
+	if tokens := replicas[0].playgroundTokens(); len(tokens) != 1 {
+		t.Errorf("%d tokens", len(tokens))
+	}
+}
