@@ -249,6 +249,16 @@ func TestProjectLikeAnother(t *testing.T) {
 	form.Set("name", "twin")
 	form.Set("upstreams[2].api_key", "sk-****")
 	form.Set("upstreams[0].api_key", p.provider.key)
+	ended := p.signIn(p.adminKey)
+	ended.ageSession(maxSessionAge, 0)
+	signIn := parseForm(t, ended.post(path, form).body)
+	signIn.Set("key", p.adminKey)
+	signedIn := ended.post("/admin/sign-in", signIn)
+	ended.cookie, _, _ = strings.Cut(signedIn.header.Get("Set-Cookie"), ";")
+	if again := parseForm(t, ended.get(path).body); signedIn.header.Get("Location") != path ||
+		again.Get("name") != "twin" || !again.Has("upstreams[2].api_key") || again.Get("upstreams[0].api_key") != "" {
+		t.Errorf("after signing in again: %v, the form is %v", signedIn.header, again)
+	}
 	before := p.managedDigest()
 	res := b.post(path, form)
 	if page := html.UnescapeString(res.body); res.status != 400 || p.managedDigest() != before ||

@@ -361,8 +361,10 @@ type keyTester struct {
 }
 
 const (
-	keyTestTimeout = 10 * time.Second
-	maxKeyTests    = 4
+	keyTestTimeout  = 10 * time.Second
+	keyTestWait     = time.Second // for one of the others to end
+	maxKeyTests     = 16
+	maxKeyTestBytes = 4 << 20 // of an answer
 )
 
 func newKeyTester(transport http.RoundTripper) *keyTester {
@@ -397,14 +399,14 @@ type keyTest struct {
 
 // send asks the provider of an upstream for its models.
 func (t *keyTester) send(ctx context.Context, u *upstream) (result keyTest) {
-	ctx, cancel := context.WithTimeout(ctx, keyTestTimeout)
-	defer cancel()
 	select {
 	case t.slots <- struct{}{}:
 		defer func() { <-t.slots }()
-	case <-ctx.Done():
+	case <-time.After(keyTestWait):
 		return keyTest{result: keyTestUnclear}
 	}
+	ctx, cancel := context.WithTimeout(ctx, keyTestTimeout)
+	defer cancel()
 	form, h := listFormOf(u.family()), http.Header{"Accept": {"application/json"}, "User-Agent": {"llm-proxy"}}
 	u.authorize(h)
 	if u.provider == providerAnthropic {
@@ -419,7 +421,7 @@ func (t *keyTester) send(ctx context.Context, u *upstream) (result keyTest) {
 	defer res.Body.Close()
 	var text []byte
 	if mediaType(res.Header.Get("Content-Type")) != "text/event-stream" { // which may have no end
-		text, _ = io.ReadAll(io.LimitReader(res.Body, maxModelList)) // a part of an error says enough
+		text, _ = io.ReadAll(io.LimitReader(res.Body, maxKeyTestBytes)) // a part of an error says enough
 	}
 	mask := u.newKeyMask()
 	text = append(mask.redact(text), mask.flush()...)
@@ -484,7 +486,7 @@ func (t *keyTest) summary() string {
 		return "The stored key does not open, or its base URL is not allowed any more. Enter the key again."
 	}
 	if t.status == 0 {
-		return "The key was not tested, because other keys are being tested. Try again."
+		return "The key was not tested, because too many others are being tested. Try again."
 	}
 	return "The provider answered " + answer + " when it was asked for its models. That says nothing about the key."
 }

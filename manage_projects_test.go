@@ -423,6 +423,17 @@ func TestKeyTest(t *testing.T) {
 	if res := p.manageAs(p.adminKey, "POST", test, ""); !strings.Contains(res.body, `"unreachable","status":null`) {
 		t.Errorf("a provider that hangs up: %s", res.body)
 	}
+	requests, tester := len(p.provider.received()), p.instance.operations.keyTester
+	for range maxKeyTests {
+		tester.slots <- struct{}{}
+	}
+	if res := p.manageAs(p.adminKey, "POST", test, ""); !strings.Contains(res.body, `"unclear","status":null`) ||
+		len(p.provider.received()) != requests {
+		t.Errorf("while many are running: %s", res.body)
+	}
+	for range maxKeyTests {
+		<-tester.slots
+	}
 	_, viewer := p.newKey("v", "viewer")
 	_, operator := p.newKey("o", "operator")
 	for path, want := range map[string]int{test: 200, test + "s": 404, "/manage/projects/none/upstreams/x/test": 404} {
@@ -433,7 +444,7 @@ func TestKeyTest(t *testing.T) {
 	if res := p.manageAs(viewer, "POST", test, ""); res.status != 403 {
 		t.Errorf("a viewer: %d", res.status)
 	}
-	requests := len(p.provider.received())
+	requests = len(p.provider.received())
 	if err := p.stop(); err != nil {
 		t.Fatal(err)
 	}

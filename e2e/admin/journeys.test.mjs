@@ -138,8 +138,7 @@ describe('the journeys', { skip }, () => {
     await w.choose('Project', 'fresh');
     await w.type('Name', 'on a budget');
     await w.type('Maximum', '50');
-    await w.choose('Metric', 'dollars');
-    await w.choose('Period', 'month');
+    await w.choose('Metric', 'dollars'); // per month, unless another period is chosen
     await w.button('Create token');
     await w.button('Copy token');
     await w.link('Done, open on a budget');
