@@ -52,6 +52,7 @@ type cluster struct {
 	leads         atomic.Int64 // nanoseconds until which this process leads
 	interrupted   atomic.Int64 // how many heartbeats have failed
 	offset        atomic.Int64 // milliseconds from this machine's clock to the database's
+	databaseBegan atomic.Int64 // the database's time at began, in unix milliseconds
 	questions     atomic.Int64 // that this process has asked
 
 	mu  sync.Mutex
@@ -63,6 +64,7 @@ func newCluster(p *postgres) *cluster {
 	if c.now == nil {
 		c.now = time.Now
 	}
+	c.databaseBegan.Store(c.now().UnixMilli()) // until it is compared
 	return c
 }
 
@@ -95,8 +97,9 @@ func (c *cluster) status() replicaInfo {
 	return replicaInfo{LagMS: c.sinceHeard().Milliseconds(), OffsetMS: c.offset.Load(), Leader: c.isLeader()}
 }
 
-// limitNow returns the database's time in unix milliseconds, as far as it is known.
-func (c *cluster) limitNow() int64 { return c.now().UnixMilli() + c.offset.Load() }
+// limitNow returns the database's time in unix milliseconds, as far as it is known. It does not change when this
+// machine's clock is set.
+func (c *cluster) limitNow() int64 { return c.databaseBegan.Load() + c.uptime().Milliseconds() }
 
 // watch keeps this process among the replicas until ctx is done.
 func (c *cluster) watch(ctx context.Context, hooks *replicaHooks) {
@@ -174,10 +177,10 @@ func (c *cluster) beat(ctx context.Context) error {
 		return err
 	}
 	if !b.open {
-		c.leads.Store(0)
+		c.dropLocks() // another one leads
 		return errFenced
 	}
-	c.compareClocks(before, c.uptime()-sent, b.at)
+	c.compareClocks(before, sent, c.uptime()-sent, b.at)
 	if c.locked = b.leads; c.locked {
 		c.leads.Store(int64(sent + leadershipTerm))
 	}
@@ -194,20 +197,22 @@ func (c *cluster) dropLocks() {
 	}
 }
 
-// compareClocks compares this machine's clock with the database's, which was at when half of a round trip that began
-// at before was over. Of the measurements of a minute, the one with the shortest round trip counts, unless a clock
-// was set since.
-func (c *cluster) compareClocks(before time.Time, round time.Duration, at int64) {
+// compareClocks compares this machine's clocks with the database's, which was at when half of a round trip was over
+// that began at before, or sent since began. Of the measurements of a minute, the one with the shortest round trip
+// counts, unless a clock was set since.
+func (c *cluster) compareClocks(before time.Time, sent, round time.Duration, at int64) {
 	if round > maxClockSample {
 		return
 	}
 	ms, up, offset := round.Milliseconds(), c.uptime(), at-before.Add(round/2).UnixMilli()
-	drift := max(offset, c.offset.Load()) - min(offset, c.offset.Load())
+	databaseBegan := at - (sent + round/2).Milliseconds()
+	drift := max(distance(offset, c.offset.Load()), distance(databaseBegan, c.databaseBegan.Load()))
 	if ms > c.roundMS && c.offsetAt > 0 && up-c.offsetAt < time.Minute && drift <= ms+c.roundMS {
 		return
 	}
 	c.roundMS, c.offsetAt = ms, up
 	c.offset.Store(offset)
+	c.databaseBegan.Store(databaseBegan)
 	warn := max(offset, -offset) > clockWarning.Milliseconds()
 	if warn && !c.clockWarned && c.hooks != nil {
 		c.hooks.warn("this machine's clock differs from the database's; limits count by the database's",
@@ -216,6 +221,8 @@ func (c *cluster) compareClocks(before time.Time, round time.Duration, at int64)
 	}
 	c.clockWarned = c.clockWarned && warn
 }
+
+func distance(a, b int64) int64 { return max(a, b) - min(a, b) }
 
 // follow puts changes in force until ctx is done.
 func (c *cluster) follow(ctx context.Context) {
@@ -325,11 +332,22 @@ func (c *cluster) answerQuestion(ctx context.Context, text string) {
 	}
 }
 
-// A peer is another replica as this one sees it: its last heartbeat, and when that was new.
-type peer struct {
-	beat int64
-	at   time.Duration
+// A peerWatch is what this process has seen of the other replicas.
+type peerWatch struct {
+	peers       map[int64]peer
+	interrupted int64         // cluster.interrupted
+	looked      time.Duration // when it looked last
 }
+
+// A peer is another replica: its last heartbeat, and for how long this process has seen no other.
+type peer struct {
+	beat   int64
+	silent time.Duration
+}
+
+// maxSilence is how much of the time between two looks a replica can have been silent: if it was longer, this process
+// was frozen, and perhaps the others on its machine with it.
+const maxSilence = 3 * beatInterval / 2
 
 // lead watches the other replicas until ctx is done. It closes those whose heartbeat has not changed for
 // REPLICA_TIMEOUT, by this process's monotonic clock and while its own heartbeats succeeded. The leader does that; the
@@ -338,24 +356,19 @@ type peer struct {
 func (c *cluster) lead(ctx context.Context) {
 	tick := time.NewTicker(beatInterval)
 	defer tick.Stop()
-	peers, interrupted := map[int64]peer{}, int64(0)
+	w := peerWatch{peers: map[int64]peer{}}
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
 		}
-		if n := c.interrupted.Load(); n != interrupted {
-			clear(peers) // what was not seen meanwhile says nothing
-			interrupted = n
-			continue
-		}
 		timeout, leads := c.db.config.replicaTimeout, c.isLeader()
 		if !leads {
 			timeout += leadershipTerm
 		}
-		if err := c.closeDead(ctx, peers, timeout); err != nil && ctx.Err() == nil {
-			clear(peers)
+		if err := c.closeDead(ctx, &w, timeout); err != nil && ctx.Err() == nil {
+			clear(w.peers)
 			c.hooks.warn("replicas that do not answer could not be looked for, or not be closed", "error", err)
 			continue
 		}
@@ -368,20 +381,28 @@ func (c *cluster) lead(ctx context.Context) {
 	}
 }
 
-// closeDead closes the replicas whose heartbeat has not changed for timeout. peers has those that it saw the last time.
-func (c *cluster) closeDead(ctx context.Context, peers map[int64]peer, timeout time.Duration) error {
+// closeDead looks at the heartbeats, and closes the replicas whose heartbeat has not changed for timeout.
+func (c *cluster) closeDead(ctx context.Context, w *peerWatch, timeout time.Duration) error {
+	if n := c.interrupted.Load(); n != w.interrupted {
+		clear(w.peers) // what was not seen meanwhile says nothing
+		w.interrupted = n
+	}
 	now := c.uptime()
+	passed := min(now-w.looked, maxSilence)
+	w.looked = now
 	beats, err := c.readBeats(ctx)
 	if err != nil {
 		return err
 	}
-	maps.DeleteFunc(peers, func(id int64, _ peer) bool { _, open := beats[id]; return !open })
+	maps.DeleteFunc(w.peers, func(id int64, _ peer) bool { _, open := beats[id]; return !open })
 	for id, beat := range beats {
-		if seen, known := peers[id]; !known || seen.beat != beat {
-			peers[id] = peer{beat, now}
+		seen, known := w.peers[id]
+		if !known || seen.beat != beat {
+			w.peers[id] = peer{beat: beat}
 			continue
 		}
-		if now-peers[id].at < timeout {
+		seen.silent += passed
+		if w.peers[id] = seen; seen.silent < timeout {
 			continue
 		}
 		closed, err := c.closeReplica(ctx, id, beat)

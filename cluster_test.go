@@ -9,8 +9,10 @@ import (
 	"maps"
 	"net"
 	"net/url"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -487,7 +489,8 @@ func TestClusterLeaderFrozen(t *testing.T) {
 func TestClusterClocks(t *testing.T) {
 	requirePostgres(t)
 	a := newReplicas(t, 1, nil)[0]
-	b := a.newReplica(nil, func() time.Time { return time.Now().Add(2 * time.Minute) })
+	var set atomic.Int64 // nanoseconds by which somebody sets the clock
+	b := a.newReplica(nil, func() time.Time { return time.Now().Add(2*time.Minute + time.Duration(set.Load())) })
 	of := func(p *testProxy) int64 { return p.instance.store.limitNow() }
 	if d := of(a) - of(b); max(d, -d) > 100 {
 		t.Errorf("the clocks of limits are %d ms apart", d)
@@ -502,6 +505,81 @@ func TestClusterClocks(t *testing.T) {
 		return max(d, -d) < 100
 	})
 	waitFor(t, "a warning", func() bool { return strings.Contains(string(b.log.bytes()), "clock differs") })
+	set.Store(int64(-3 * time.Hour))
+	if d := of(a) - of(b); max(d, -d) > 100 {
+		t.Errorf("after a clock was set, the clocks of limits are %d ms apart", d)
+	}
+}
+
+// openReplicas opens a database as n replicas, without their heartbeats.
+func openReplicas(t *testing.T, url string, n int) (all []*postgres) {
+	t.Helper()
+	config := testPostgresConfig(url)
+	config.replicated = true
+	for range n {
+		p, err := newPostgres(t.Context(), config, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.started()
+		p.cluster.hooks = &replicaHooks{describe: func(*replicaInfo) {}, warn: func(string, ...any) {}}
+		t.Cleanup(func() { _ = p.store.close() })
+		all = append(all, p)
+	}
+	return all
+}
+
+// TestClusterPeers: a replica that was frozen, together with others, closes none of them for the time in which it did
+// not look. One that is closed leads no more.
+func TestClusterPeers(t *testing.T) {
+	requirePostgres(t)
+	all := openReplicas(t, newTestDatabase(t), 2)
+	a, b := all[0].cluster, all[1].cluster
+	if !a.isLeader() || b.isLeader() {
+		t.Fatal("the first replica does not lead")
+	}
+	w := peerWatch{peers: map[int64]peer{}}
+	look := func(passed time.Duration) (open bool) {
+		t.Helper()
+		a.began = a.began.Add(-passed)
+		if err := a.closeDead(t.Context(), &w, 10*time.Second); err != nil {
+			t.Fatal(err)
+		}
+		beats, err := a.readBeats(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(beats) == 1
+	}
+	if !look(0) || !look(time.Minute) {
+		t.Error("a replica was closed after both were frozen")
+	}
+	if err := b.beat(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for n := 0; look(time.Second); n++ {
+		if n == 12 {
+			t.Fatal("a silent replica was not closed")
+		}
+	}
+	_ = b.beat(t.Context()) // its connection was ended
+	if err := b.beat(t.Context()); !errors.Is(err, errFenced) {
+		t.Errorf("a heartbeat of a closed replica: %v", err)
+	}
+
+	c := openReplicas(t, all[0].config.url(), 1)[0].cluster
+	if _, err := a.db.store.writeDB.Exec(`UPDATE replicas SET epoch = epoch + 1, closed_at = 1 WHERE id = ` +
+		strconv.FormatInt(a.db.replica, 10)); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := a.beat(t.Context()); !errors.Is(err, errFenced) {
+			t.Errorf("a heartbeat of the leader that is closed: %v", err)
+		}
+	}
+	if err := c.beat(t.Context()); err != nil || !c.isLeader() {
+		t.Errorf("nobody leads after the leader was closed: %v", err)
+	}
 }
 
 // TestClusterStreams: running calls are listed and ended at any replica, and an erased end user is forgotten at all.

@@ -81,25 +81,21 @@ func (c *limitCounter) advance(now int64) {
 	if c.windowEnd == 0 || now >= c.windowStart && now < c.windowEnd { // never ends, or has not ended
 		return
 	}
-	if now < c.windowStart && c.windowStart-now <= c.windowEnd-c.windowStart {
+	if now < c.windowStart && (c.lease != nil || c.windowStart-now <= c.windowEnd-c.windowStart) {
+		return // a leased counter returns only when the database says so
+	}
+	if c.lease != nil {
+		c.changeWindow(now)
 		return
 	}
 	ended := now >= c.windowEnd
-	c.windowStart, c.windowEnd = c.limit.period.window(now)
-	if !ended {
+	if c.windowStart, c.windowEnd = c.limit.period.window(now); !ended {
 		return
 	}
-	c.beginWindow()
+	c.generation++
+	c.used, c.reserved = 0, 0
 	if c.group != nil {
 		c.group.beginWindow(now)
-	}
-}
-
-// beginWindow starts at 0.
-func (c *limitCounter) beginWindow() {
-	c.used, c.reserved = 0, 0
-	if c.generation++; c.lease != nil {
-		c.lease.beginWindow()
 	}
 }
 
@@ -197,12 +193,13 @@ type reservation struct {
 
 // A limitScope is a project or a token with its own limits.
 type limitScope struct {
-	policy   *policy // has the limits of the counters; nil before the first call
-	owner    leaseOwner
-	counters []*limitCounter
-	lifetime *limitCounter // of a token's max_requests, where that is leased
-	forEach  bool          // a limit has for_each
-	admitted bool          // a call was admitted, whose use the stored sums may not include yet
+	policy      *policy // has the limits of the counters; nil before the first call
+	owner       leaseOwner
+	lastVersion int64 // owner.version of the policy before
+	counters    []*limitCounter
+	lifetime    *limitCounter // of a token's max_requests, where that is leased
+	forEach     bool          // a limit has for_each
+	admitted    bool          // a call was admitted, whose use the stored sums may not include yet
 }
 
 // A limiter counts for one project and all its tokens.

@@ -390,8 +390,8 @@ func (ls *limitState) loadBases(l *limiter, counters []*limitCounter) (loaded bo
 			l.mu.Lock()
 			return true, nil
 		}
-		at := *c
-		g.loading = true
+		at, lent := *c, *g // they may change meanwhile
+		at.lease, g.loading = &lent, true
 		l.mu.Unlock()
 		base, loadErr := ls.loadBase(&at)
 		l.mu.Lock()
@@ -497,7 +497,11 @@ func (ls *limitState) syncLifetime(t *liveToken, st *tokenState, owner leaseOwne
 		return
 	}
 	s.lifetime = newLimitCounter(lim, now, 0)
-	g := t.project.limiter.newLease(owner, lim, "", s.policy != nil)
+	addedAfter := int64(0)
+	if s.policy != nil { // syncScope has not set the owner yet
+		addedAfter = s.owner.version
+	}
+	g := t.project.limiter.newLease(owner, lim, "", addedAfter)
 	g.token, g.rule, g.account = t, lifetimeRule, accountName(owner, lifetimeRule, "")
 	s.lifetime.setLease(g, now)
 }

@@ -180,3 +180,31 @@ func TestLeaseRoundTrips(t *testing.T) {
 
 // testLeaseKeeper returns a keeper that exchanges nothing.
 func testLeaseKeeper(now func() int64) *leaseKeeper { return newLeaseKeeper(nil, now) }
+
+// TestLeaseOfDroppedValue: when a window begins, the counter of a value is made anew, and the one before reports no
+// more: a report of both would take back what was just lent.
+func TestLeaseOfDroppedValue(t *testing.T) {
+	t.Parallel()
+	table := newLeaseTable()
+	table.now, table.replicas[1] = noon, &leaseReplica{}
+	k := newLeaseKeeper(func(_ context.Context, items []leaseItem) ([]leaseReply, error) {
+		return table.exchange(1, table.replicas[1].number+1, items)
+	}, func() int64 { return table.now })
+	l := &limiter{leases: k}
+	p := testLimits(t, `{"count":"requests","max":10,"per":"hour","for_each":"end_user"}`)
+	l.setPolicy(&l.project, p, false, noon, &pastUse{})
+	own := l.project.counters[0]
+	for range 3 {
+		own.advance(table.now)
+		c := own.group.insert("alice", 0, false)
+		r := k.ask([]*limitCounter{c}, []int64{5}, false)
+		if err := k.round(t.Context(), true); err != nil || r.err != nil {
+			t.Fatal(err, r.err)
+		}
+		lent := table.accounts[c.lease.account].leases[1]
+		if c.shortfall(5) > 0 || c.lease.granted > lent.spent+lent.unspent {
+			t.Errorf("the counter may spend %d, the database has %+v", c.lease.granted, lent)
+		}
+		table.now += hourMS
+	}
+}

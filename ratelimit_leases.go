@@ -84,7 +84,10 @@ type lease struct {
 	hasBase     bool
 	needsBase   bool // the database has asked for it
 	loading     bool
-	added       bool // the limit was added to a policy that was in use: what the account has is of an earlier time
+	left        leftWindow
+	// addedAfter is the version of the policy in use that lacked the limit. What an account of no later version has is
+	// of an earlier time. 0: the limit was not added to a policy in use.
+	addedAfter int64
 
 	reported, reportedBusy int64 // used and reserved, as of the last report that was answered
 	reportedVersion        int64
@@ -100,6 +103,9 @@ type lease struct {
 	retired                bool // the limit is gone
 	token                  *liveToken
 }
+
+// A leftWindow is what a counter had used in the window before.
+type leftWindow struct{ start, incarnation, used, reported int64 }
 
 // A recentCalls has how many requests were counted of calls that began in each of the last seconds.
 type recentCalls [8]struct{ second, count int64 }
@@ -125,10 +131,10 @@ func (r *recentCalls) since(from int64) (n int64) {
 }
 
 // newLease returns the lease of a new counter. value is that of a limit with for_each. The account's name reveals
-// neither the rule nor the value, and has a fixed length.
-func (l *limiter) newLease(owner leaseOwner, lim *limit, value string, added bool) *lease {
+// neither the rule nor the value, and has a fixed length. addedAfter is as in lease.
+func (l *limiter) newLease(owner leaseOwner, lim *limit, value string, addedAfter int64) *lease {
 	rule := leaseRule(lim)
-	return &lease{keeper: l.leases, limiter: l, owner: owner, rule: rule, added: added,
+	return &lease{keeper: l.leases, limiter: l, owner: owner, rule: rule, addedAfter: addedAfter,
 		account: accountName(owner, rule, value)}
 }
 
@@ -146,6 +152,17 @@ func (c *limitCounter) setLease(g *lease, now int64) {
 		c.lease, c.used, c.reserved, c.generation = old.lease, old.used, old.reserved, old.generation
 		c.windowStart, c.windowEnd = old.windowStart, old.windowEnd
 	}
+}
+
+// setOwner says whose limits the next policy has.
+func (s *limitScope) setOwner(owner leaseOwner) { s.lastVersion, s.owner = s.owner.version, owner }
+
+// addedAfter is lease.addedAfter for the limits that the next policy adds.
+func (s *limitScope) addedAfter() int64 {
+	if s.policy == nil {
+		return 0
+	}
+	return s.lastVersion
 }
 
 // retireLeases forgets the leases of counters that are not among those that stay.
@@ -286,9 +303,20 @@ func (e *reservationEntry) settleLeasedBucket(used, elapsed int64) {
 	c.used = max(c.used, min(addSat(c.used, used-e.quantity), c.maxDebt()))
 }
 
-// beginWindow forgets the lease of a window that has ended.
-func (g *lease) beginWindow() {
-	g.granted, g.others, g.free, g.refusedUntil = 0, 0, 0, 0
+// changeWindow makes the counter join its account anew, in the window around a time. If a clock was wrong, that may be
+// the window from which it came: then it goes on with what it had used there, and reports that.
+func (c *limitCounter) changeWindow(at int64) {
+	g := c.lease
+	if g.incarnation != 0 {
+		g.left = leftWindow{c.windowStart, g.incarnation, c.used, g.reported}
+	}
+	g.forget()
+	g.others, g.free, g.refusedUntil, g.hasBase = 0, 0, 0, false
+	c.generation++
+	c.used, c.reserved = 0, 0
+	if c.windowStart, c.windowEnd = c.limit.period.window(at); c.windowStart == g.left.start {
+		g.incarnation, c.used, g.granted, g.reported = g.left.incarnation, g.left.used, g.left.used, g.left.reported
+	}
 }
 
 // forget makes the counter join its account anew. What it counts until then is added to that.
@@ -329,8 +357,11 @@ func (c *limitCounter) leaseItem(now int64, regular bool, ask *leaseAsk, recentF
 	kept := min(unused, wanted)
 	item := leaseItem{Account: g.account, Project: g.owner.project, Token: g.owner.token, Rule: g.rule,
 		Kind: leaseKind(c.limit), PeriodMS: c.limit.period.bucketMS(), Version: g.owner.version, Max: c.limit.max,
-		WindowStart: c.windowStart, WindowEnd: c.windowEnd, Incarnation: g.incarnation, Added: g.added,
+		WindowStart: c.windowStart, WindowEnd: c.windowEnd, Incarnation: g.incarnation, Added: g.addedAfter > 0,
 		Spent: min(max(c.used, -maxLeaseUse), maxLeaseUse), Busy: c.reserved, RecentFrom: recentFrom, joins: g.joins}
+	if item.Added { // other replicas may have joined in the meantime, with any version since
+		item.Version = g.addedAfter + 1
+	}
 	if item.Kind == leaseOfWindow && item.WindowEnd == 0 {
 		item.WindowEnd = endOfTime
 	} else if item.Kind != leaseOfWindow {
@@ -382,11 +413,13 @@ func (c *limitCounter) applyLease(item *leaseItem, r *leaseReply, now, number in
 		return
 	case leaseWindowOver: // other replicas count in a later one
 		if r.windowStart > c.windowStart {
-			c.windowStart, c.windowEnd = c.limit.period.window(r.windowStart)
-			c.beginWindow()
+			c.changeWindow(r.windowStart)
 		}
 		return
 	case leaseWindowEarly:
+		if now < c.windowStart {
+			c.changeWindow(now)
+		}
 		return
 	}
 	if item.Incarnation != r.incarnation { // the counter joins the account
@@ -399,8 +432,11 @@ func (c *limitCounter) applyLease(item *leaseItem, r *leaseReply, now, number in
 		}
 		c.used = addSat(c.used, r.spent)
 	}
-	g.incarnation, g.added, g.hasBase, g.needsBase = r.incarnation, false, false, false
-	g.granted, g.reported, g.reportedBusy = addSat(r.spent, r.unspent), item.Spent, item.Busy
+	g.incarnation, g.addedAfter, g.hasBase, g.needsBase = r.incarnation, 0, false, false
+	g.granted, g.reported, g.reportedBusy = addSat(r.spent, r.unspent), r.spent, item.Busy
+	if item.Max > c.limit.max { // it was lowered meanwhile: see changeLimit
+		g.granted = min(g.granted, addSat(c.used, c.reserved))
+	}
 	g.reportedVersion = item.Version
 	g.others, g.free, g.level, g.levelAt, g.levelUsed = r.others, r.free, r.level, now, r.spent
 	g.refusedUntil, g.unsettled = 0, false

@@ -252,6 +252,7 @@ type leaseModel struct {
 	lastID   int64
 	calls    []*leaseModelCall
 	lost     int64 // requests that count although they were returned: their replica died before it said so
+	missed   int64 // tokens of calls whose replica counted them in another window, by a wrong clock
 }
 
 type leaseModelReplica struct {
@@ -260,7 +261,8 @@ type leaseModelReplica struct {
 	counter    *limitCounter
 	keeper     *leaseKeeper
 	recentFrom int64
-	frozen     bool // its messages do not arrive, and it receives none
+	offset     int64 // of its clock, which was set and not yet compared with the database's
+	frozen     bool  // its messages do not arrive, and it receives none
 	inTransit  []leaseMessage
 }
 
@@ -319,7 +321,7 @@ func (m *leaseModel) send(r *leaseModelReplica, regular bool, ask *leaseAsk) {
 	}
 	r.recentFrom = max(r.recentFrom, m.table.now/1000*1000-recentSeconds*1000)
 	r.number++
-	item, changed := r.counter.leaseItem(m.table.now, regular, ask, r.recentFrom)
+	item, changed := r.counter.leaseItem(m.table.now+r.offset, regular, ask, r.recentFrom)
 	if changed {
 		r.inTransit = append(r.inTransit, leaseMessage{r.number, item, true})
 	}
@@ -344,7 +346,7 @@ func (m *leaseModel) deliver(r *leaseModelReplica) error {
 		r.counter.lease.base, r.counter.lease.hasBase = 0, true
 		return nil
 	}
-	r.counter.applyLease(&msg.item, &replies[0], m.table.now, 0)
+	r.counter.applyLease(&msg.item, &replies[0], m.table.now+r.offset, 0)
 	return nil
 }
 
@@ -355,14 +357,15 @@ func (m *leaseModel) reserve(r *leaseModelReplica) {
 		return // it would have to be confirmed first
 	}
 	e := chatEstimate(m.random.Int64N(50), m.random.Int64N(50)+1)
-	lacking, needs := r.limiter.lackingLeases(&limitScope{}, &e, m.table.now, m.table.now, 0)
+	now := m.table.now + r.offset
+	lacking, needs := r.limiter.lackingLeases(&limitScope{}, &e, now, now, 0)
 	if len(lacking) > 0 && m.random.IntN(4) > 0 {
 		m.send(r, false, &leaseAsk{needs[0], needs[0], m.random.IntN(2) == 0})
 		return
 	}
 	c := &leaseModelCall{replica: r, at: m.table.now, began: began,
 		reservation: &reservation{estimate: e, began: began}}
-	if v := r.limiter.reserve(c.reservation, &limitScope{}, m.table.now); v != nil {
+	if v := r.limiter.reserve(c.reservation, &limitScope{}, now); v != nil {
 		return
 	}
 	c.window, c.quantity, c.used = r.counter.windowStart, e.quantityFor(m.limit), e.quantityFor(m.limit)
@@ -371,13 +374,20 @@ func (m *leaseModel) reserve(r *leaseModelReplica) {
 
 func (m *leaseModel) settle(c *leaseModelCall) {
 	usage := finalUsage{forwarded: m.random.IntN(3) > 0, tokens: m.random.Int64N(60)}
-	c.reservation.settle(m.table.now, usage, func([]limitUse) uint64 { return 0 })
+	counter, generation := c.replica.counter, c.reservation.entries[0].generation
+	c.reservation.settle(m.table.now+c.replica.offset, usage, func([]limitUse) uint64 { return 0 })
 	c.ended = true
 	switch {
 	case m.limit.metric == metricTokens:
 		c.used = usage.tokens
 	case m.limit.metric == metricRequests && !usage.forwarded:
 		c.used = 0
+	}
+	if acc := m.table.accounts[counter.lease.account]; generation != counter.generation && acc.windowStart == c.window {
+		m.lost++ // its replica has left the window for a while, because of a wrong clock
+		if m.limit.metric == metricTokens {
+			m.missed += c.used
+		}
 	}
 }
 
@@ -497,6 +507,9 @@ func (m *leaseModel) checkBucket() error {
 
 // quiesce ends all calls, delivers everything, and compares the sums.
 func (m *leaseModel) quiesce() error {
+	for _, r := range m.replicas {
+		r.offset = 0
+	}
 	for _, c := range m.calls {
 		if !c.ended {
 			m.settle(c)
@@ -538,7 +551,7 @@ func (m *leaseModel) quiesce() error {
 			return fmt.Errorf("%d requests were made, the database has %d; at most %d are too many",
 				used, total, m.lost)
 		}
-		if acc.kind == leaseOfWindow && total < used {
+		if acc.kind == leaseOfWindow && total < used-m.missed {
 			return fmt.Errorf("%d were used, the database has %d", used, total)
 		}
 	}
@@ -573,6 +586,12 @@ func (m *leaseModel) step() error {
 		m.die(i)
 	case event < 96:
 		r.frozen = !r.frozen
+	case event < 97 && m.limit.period.bucketMS() == 0:
+		if m.lost += max(0, r.counter.used-r.counter.lease.reported); r.offset == 0 {
+			r.offset = m.random.Int64N(6*hourMS) - 3*hourMS
+		} else {
+			r.offset = 0
+		}
 	default:
 		m.table.now += m.random.Int64N(700)
 		if m.random.IntN(60) == 0 {
@@ -580,6 +599,78 @@ func (m *leaseModel) step() error {
 		}
 	}
 	return m.check()
+}
+
+// exchangeOne makes an exchange of one replica for one counter, which gets the answer.
+func (t *leaseTable) exchangeOne(r int64, c *limitCounter, ask *leaseAsk) leaseReply {
+	item, _ := c.leaseItem(t.now, true, ask, t.now)
+	replies, err := t.exchange(r, t.replicas[r].number+1, []leaseItem{item})
+	if err != nil {
+		panic(err)
+	}
+	if replies[0].status == leaseNeedsBase {
+		c.lease.base, c.lease.hasBase = 0, true
+		return t.exchangeOne(r, c, ask)
+	}
+	c.applyLease(&item, &replies[0], t.now, 0)
+	return replies[0]
+}
+
+// TestLeaseOfAddedLimit: a replica that learns of a new limit together with a later change joins the account that
+// another one has made, instead of making it again without what that one has used meanwhile.
+func TestLeaseOfAddedLimit(t *testing.T) {
+	t.Parallel()
+	table := newLeaseTable()
+	table.now = noon
+	limited := &policy{Limits: []limit{{metric: metricRequests, max: 10, period: perDay}}}
+	var counters []*limitCounter
+	for r := range int64(2) {
+		table.replicas[r] = &leaseReplica{}
+		l := &limiter{leases: testLeaseKeeper(func() int64 { return noon })}
+		l.project.setOwner(leaseOwner{project: 1, version: 1})
+		l.setPolicy(&l.project, &policy{}, false, noon, &pastUse{})
+		l.project.setOwner(leaseOwner{project: 1, version: 2 + r})
+		l.setPolicy(&l.project, limited, false, noon, &pastUse{})
+		counters = append(counters, l.project.counters[0])
+	}
+	table.exchangeOne(0, counters[0], &leaseAsk{4, 4, false})
+	counters[0].used += 4
+	table.exchangeOne(1, counters[1], &leaseAsk{6, 6, false})
+	counters[1].used += 6
+	for i, c := range counters {
+		table.exchangeOne(int64(i), c, nil)
+	}
+	for _, acc := range table.accounts {
+		if spent, _, _ := acc.others(-1); acc.base+spent != 10 {
+			t.Errorf("of 10 requests that were made, the account has %d", acc.base+spent)
+		}
+	}
+	if r := table.exchangeOne(0, counters[0], &leaseAsk{1, 1, false}); counters[0].shortfall(1) == 0 {
+		t.Errorf("an eleventh request was admitted: %+v", r)
+	}
+}
+
+// TestLeaseLoweredMeanwhile: what the database has lent while a limit was lowered is not spent by the old one.
+func TestLeaseLoweredMeanwhile(t *testing.T) {
+	t.Parallel()
+	table := newLeaseTable()
+	table.now = noon
+	table.replicas[1] = &leaseReplica{}
+	l := &limiter{leases: testLeaseKeeper(func() int64 { return noon })}
+	l.setPolicy(&l.project, &policy{Limits: []limit{{metric: metricRequests, max: 100, period: perDay}}}, false, noon,
+		&pastUse{})
+	c := l.project.counters[0]
+	c.lease.hasBase = true
+	item, _ := c.leaseItem(noon, false, &leaseAsk{50, 50, false}, noon)
+	replies, err := table.exchange(1, 1, []leaseItem{item})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.setPolicy(&l.project, &policy{Limits: []limit{{metric: metricRequests, max: 10, period: perDay}}}, false, noon,
+		&pastUse{})
+	if c.applyLease(&item, &replies[0], noon, 1); c.shortfall(1) == 0 {
+		t.Errorf("a limit that was lowered to 10 has lent %d", c.lease.granted)
+	}
 }
 
 // TestLeaseModel: in random orders of everything that can happen to replicas and their messages, no limit is exceeded,

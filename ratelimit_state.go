@@ -55,7 +55,7 @@ func (ls *limitState) syncScope(l *limiter, s *limitScope, p *policy, owner leas
 	if s.policy == p {
 		return nil
 	}
-	l.leases, s.owner = ls.leases, owner
+	l.leases = ls.leases
 	past := &pastUse{}
 	if s.needsHistory(p) {
 		ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
@@ -70,6 +70,7 @@ func (ls *limitState) syncScope(l *limiter, s *limitScope, p *policy, owner leas
 			return err
 		}
 	}
+	s.setOwner(owner)
 	l.setPolicy(s, p, owner.token != 0, now, past)
 	return nil
 }

@@ -156,7 +156,7 @@ func (g *valueGroup) insert(name string, used int64, stored bool) *limitCounter 
 		c.used = min(used, own.limit.max)
 	}
 	if g.lease != nil {
-		c.lease = g.lease.limiter.newLease(g.lease.owner, own.limit, name, false)
+		c.lease = g.lease.limiter.newLease(g.lease.owner, own.limit, name, 0)
 		c.lease.base, c.lease.hasBase, c.used = c.used, true, 0
 	}
 	if !stored {
@@ -219,6 +219,9 @@ func (c *limitCounter) canDrop(now int64, committed uint64) bool {
 
 // drop removes a counter that no call refers to.
 func (g *valueGroup) drop(c *limitCounter) {
+	if c.lease != nil { // another counter of the value may report to the account from now on
+		c.lease.keeper.retire(c)
+	}
 	g.memory.idleFor(c).remove(c)
 	g.memory.count--
 	if g.counters[c.value.name] != c {
@@ -458,7 +461,7 @@ type pastUse struct {
 // setPolicy replaces the counters of s by those of p's limits. A limit that counts the same as before keeps its
 // counter. Any other starts with its past use, and the running calls count, too. The caller holds mu.
 func (l *limiter) setPolicy(s *limitScope, p *policy, ofToken bool, now int64, past *pastUse) {
-	old, added := s.counters, s.policy != nil
+	old, addedAfter := s.counters, s.addedAfter()
 	s.policy, s.counters, s.forEach = p, make([]*limitCounter, 0, len(p.Limits)), false
 	for i := range p.Limits {
 		lim := &p.Limits[i]
@@ -473,7 +476,7 @@ func (l *limiter) setPolicy(s *limitScope, p *policy, ofToken bool, now int64, p
 					counters: map[string]*limitCounter{}}
 			}
 			if l.leases != nil {
-				c.setLease(l.newLease(s.owner, lim, "", added), now)
+				c.setLease(l.newLease(s.owner, lim, "", addedAfter), now)
 			}
 			if c.lease == nil || !lim.isWindow() { // otherwise they are in what the account begins with
 				l.countRunning(s, c, past.values[lim.key()], past.before[lim.key()])

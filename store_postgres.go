@@ -125,7 +125,16 @@ type postgres struct {
 }
 
 // openPostgres connects. With serve, it migrates the schema and joins the replicas; otherwise every write fails.
-func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store, err error) {
+func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (*store, error) {
+	p, err := newPostgres(ctx, c, serve)
+	if err != nil {
+		return nil, err
+	}
+	return p.store, nil
+}
+
+// newPostgres is openPostgres.
+func newPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *postgres, err error) {
 	u, err := url.Parse(c.url())
 	if err != nil {
 		return nil, errors.New("DATABASE_URL is not a URL")
@@ -135,6 +144,7 @@ func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store,
 	defer func() {
 		if err != nil {
 			p.started()
+			p.cluster.dropLocks()
 			err = fmt.Errorf("database %s: %w", p.name, err)
 			for _, db := range []*sql.DB{p.store.readDB, p.store.writeDB, p.ledgerDB, p.lockDB, p.leases.db} {
 				if db != nil {
@@ -161,7 +171,7 @@ func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store,
 	p.store.backend = p.backend()
 	if !serve {
 		p.store.writeDB = p.store.readDB
-		return p.store, p.checkServer(ctx)
+		return p, p.checkServer(ctx)
 	}
 	for _, db := range []**sql.DB{&p.store.writeDB, &p.ledgerDB, &p.leases.db} {
 		if *db, err = open(1, nil); err != nil {
@@ -177,7 +187,7 @@ func openPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *store,
 	if err = p.checkServer(ctx); err != nil {
 		return nil, err
 	}
-	return p.store, p.join(ctx)
+	return p, p.join(ctx)
 }
 
 func (p *postgres) backend() *backend {

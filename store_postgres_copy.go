@@ -58,7 +58,8 @@ const (
 	copiedAttributionSums = `project, attribute, at, value, token, model, endpoint, outcome, asked, calls, input_tokens,
 		cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
 		would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries`
-	copiedBackground = `call, project, token, upstream, response, endpoint, outcome, model, model_tracked, asked,
+	copiedLimitValues = `project, token, rule, value, window_start, window_end, used`
+	copiedBackground  = `call, project, token, upstream, response, endpoint, outcome, model, model_tracked, asked,
 		asked_tracked, reserved_input, reserved_output, reserved_cost, usage_source, input_tokens,
 		cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost, details, price`
 	copiedBatches    = `seq, object, call, project, token, endpoint, outcome`
@@ -198,6 +199,14 @@ func sumTables() []copiedTable {
 			ORDER BY project, attribute, at, value, token, model, endpoint, outcome, asked LIMIT ?`,
 			`INSERT INTO attribution_sums (` + copiedAttributionSums + `)
 			SELECT ` + copiedAttributionSums + ` FROM json_populate_recordset(NULL::attribution_sums, ?)
+			ON CONFLICT DO NOTHING`},
+		{"limit_values", []string{"project", "token", "rule", "value", "window_start"},
+			[]any{lowest, lowest, "", "", lowest}, `SELECT count(*) FROM limit_values`,
+			`SELECT ` + copiedLimitValues + ` FROM limit_values
+			WHERE (project, token, rule, value, window_start) > (?, ?, ?, ?, ?)
+			ORDER BY project, token, rule, value, window_start LIMIT ?`,
+			`INSERT INTO limit_values (` + copiedLimitValues + `)
+			SELECT ` + copiedLimitValues + ` FROM json_populate_recordset(NULL::limit_values, ?)
 			ON CONFLICT DO NOTHING`},
 		{"background", []string{"call"}, []any{lowest}, `SELECT count(*) FROM background`,
 			`SELECT ` + copiedBackground + ` FROM background WHERE call > ? ORDER BY call LIMIT ?`,

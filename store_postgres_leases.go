@@ -7,6 +7,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -113,28 +114,38 @@ func (l *postgresLeases) keepRules(ctx context.Context, project, token int64, ru
 		return err
 	}
 	return l.store.withTx(ctx, func(tx *sql.Tx) error {
-		_, err := execCount(ctx, tx, "deleting the accounts of removed limits", `
-			WITH old AS (SELECT account FROM limit_accounts
+		// The second statement sees the leases that were made while the first one waited for their accounts.
+		for _, statement := range []string{`SELECT account FROM limit_accounts
+				WHERE project = ? AND token = ? AND rule NOT IN (SELECT jsonb_array_elements_text(?::jsonb))
+				ORDER BY account FOR UPDATE`,
+			`WITH old AS (DELETE FROM limit_accounts
 					WHERE project = ? AND token = ? AND rule NOT IN (SELECT jsonb_array_elements_text(?::jsonb))
-					ORDER BY account FOR UPDATE),
-				gone AS (DELETE FROM limit_accounts a USING old WHERE a.account = old.account)
-			DELETE FROM limit_leases l USING old WHERE l.account = old.account`, project, token, string(text))
-		return err
+					RETURNING account)
+				DELETE FROM limit_leases l USING old WHERE l.account = old.account`} {
+			if _, err := execCount(ctx, tx, "deleting the accounts of removed limits", statement, project, token,
+				string(text)); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 }
 
 // addLate adds what has become known after calls had ended.
 func (l *postgresLeases) addLate(ctx context.Context, uses []lateLeaseUse) error {
+	slices.SortFunc(uses, func(a, b lateLeaseUse) int { return cmp.Compare(a.account, b.account) }) // as lease_sync
 	return l.store.withTx(ctx, func(tx *sql.Tx) error {
 		for _, u := range uses {
 			_, err := execCount(ctx, tx, "adding late usage", `
 				UPDATE limit_accounts SET
 					base = CASE WHEN kind <> 0 THEN base
 						ELSE greatest(0, least(base::numeric + ?2::bigint, 1000000000000000000))::bigint END,
-					level = CASE WHEN kind <> 1 THEN level ELSE greatest(level,
-						least(level + least(greatest(?2::bigint, 0), 2 * max) * period_ms, 2 * max * period_ms)) END
+					level = CASE WHEN kind <> 1 THEN level ELSE least(
+						greatest(0, level - least(greatest(?4::bigint - level_at, 0), 2 * period_ms) * max)
+							+ least(greatest(?2::bigint, 0), 2 * max) * period_ms, 2 * max * period_ms) END,
+					level_at = CASE WHEN kind <> 1 THEN level_at ELSE greatest(level_at, ?4::bigint) END
 				WHERE account = ?1 AND (kind = 1 OR window_start = ?3)`,
-				u.account, u.amount, u.windowStart)
+				u.account, u.amount, u.windowStart, l.cluster.limitNow())
 			if err != nil {
 				return err
 			}

@@ -261,3 +261,49 @@ func randomLeaseItem(random *rand.Rand, table *leaseTable, replica, account, ind
 	}
 	return i
 }
+
+// TestLateUseOfLeases: late usage counts in a bucket that was idle as in any other, and takes accounts in the order of
+// the exchanges, so that none of them waits for another in a circle.
+func TestLateUseOfLeases(t *testing.T) {
+	requirePostgres(t)
+	p := openReplicas(t, newTestDatabase(t), 1)[0]
+	if _, err := p.store.writeDB.Exec(`INSERT INTO limit_accounts
+		VALUES ('p1/a', 1, 0, '{}', 0, 0, 1, 1, 100, 0, 9000000000000000, 10, 0, 0, 0, 0),
+			('p1/b', 1, 0, '{}', 1, 60000, 1, 1, 60, 0, 9000000000000000, 0, 0, 0, 0, 0)`); err != nil {
+		t.Fatal(err)
+	}
+	exchange, err := p.ledgerDB.BeginTx(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const lock = `SELECT base FROM limit_accounts WHERE account = ?1 FOR UPDATE`
+	var n int64
+	if err := exchange.QueryRow(lock, "p1/a").Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	var adding sync.WaitGroup
+	adding.Go(func() {
+		if err := p.leases.addLate(t.Context(), []lateLeaseUse{
+			{account: "p1/b", amount: 30}, {account: "p1/a", amount: 5}}); err != nil {
+			t.Error(err)
+		}
+	})
+	p.awaitBlocked(t)
+	if err := exchange.QueryRow(lock, "p1/b").Scan(&n); err != nil {
+		t.Error(err)
+	}
+	if err := exchange.Commit(); err != nil {
+		t.Error(err)
+	}
+	adding.Wait()
+	var used, left int64
+	if err := p.store.readDB.QueryRow(`SELECT
+			(SELECT base FROM limit_accounts WHERE account = 'p1/a'),
+			(SELECT (level - ((extract(epoch FROM clock_timestamp()) * 1000)::bigint - level_at) * max) / period_ms
+				FROM limit_accounts WHERE account = 'p1/b')`).Scan(&used, &left); err != nil {
+		t.Fatal(err)
+	}
+	if used != 15 || left < 20 || left > 30 {
+		t.Errorf("the window has %d, the bucket %d", used, left)
+	}
+}

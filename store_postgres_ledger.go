@@ -247,19 +247,20 @@ func (l *postgresLedger) inTx(ctx context.Context, rows []*requestRow, fn func()
 	if err == nil {
 		return nil
 	}
-	if sqlState(err) == "" { // the connection was lost
+	if !mayRepeat(err) { // the connection was lost, or the server is going down
 		l.uncertain = rows
 	}
 	return fmt.Errorf("committing: %w", err)
 }
 
-// settleUncertain finds out whether the last transaction was committed, if that is not known.
+// settleUncertain finds out whether the last transaction was committed, if that is not known. The server may still be
+// committing it: then it has the row locked.
 func (l *postgresLedger) settleUncertain(ctx context.Context) error {
 	if len(l.uncertain) == 0 {
 		return nil
 	}
 	seq, err := queryValue[int64](ctx, l.ledgerDB, "looking for the last transaction",
-		`SELECT seq FROM ledger_commits WHERE replica = ?`, l.replica)
+		`SELECT seq FROM ledger_commits WHERE replica = ? FOR UPDATE`, l.replica)
 	if err != nil {
 		return err
 	}

@@ -152,6 +152,8 @@ func (p *postgres) register(ctx context.Context) error {
 	for _, statement := range []string{
 		`DELETE FROM ledger_commits c USING replicas r WHERE r.id = c.replica AND r.recovered_at < ?`,
 		`DELETE FROM replica_beats b USING replicas r WHERE r.id = b.replica AND r.recovered_at < ?`,
+		`DELETE FROM lease_exchanges e USING replicas r WHERE r.id = e.replica AND r.recovered_at < ?`,
+		`DELETE FROM replicas r WHERE r.recovered_at < ?`,
 	} {
 		if _, err := execCount(ctx, tx, "deleting old replicas", statement, now-dayMS); err != nil {
 			return err
@@ -241,7 +243,8 @@ func (c *cluster) sendBeat(ctx context.Context, info *replicaInfo) (b heartbeat,
 					AND closed_at IS NULL)
 				RETURNING 1)
 		SELECT milliseconds.now, EXISTS (SELECT 1 FROM sent),
-			CASE WHEN ?3::boolean THEN true ELSE pg_try_advisory_lock(?4, ?5) END
+			CASE WHEN ?3::boolean THEN true WHEN EXISTS (SELECT 1 FROM sent) THEN pg_try_advisory_lock(?4, ?5)
+				ELSE false END
 		FROM milliseconds`,
 		c.db.replica, c.db.epoch, c.locked, postgresLockClass+lockLeader, c.db.lockKey, string(text)).
 		Scan(&b.at, &b.open, &b.leads)

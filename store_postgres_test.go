@@ -341,6 +341,62 @@ func TestPostgresMigratedMeanwhile(t *testing.T) {
 	}
 }
 
+// TestPostgresCommitUnknown: a transaction whose connection was lost at its commit counts as committed if the server is
+// still committing it. A start that fails leaves no connection with a lock.
+func TestPostgresCommitUnknown(t *testing.T) {
+	requirePostgres(t)
+	p := openReplicas(t, newTestDatabase(t), 1)[0]
+	row := &requestRow{}
+	p.writer.uncertain, p.writer.seq = []*requestRow{row}, 7
+	lost, err := p.leases.db.BeginTx(t.Context(), nil)
+	if err == nil {
+		_, err = lost.Exec(`UPDATE ledger_commits SET seq = 7 WHERE replica = ?1`, p.replica)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var asking sync.WaitGroup
+	asking.Go(func() {
+		if err := p.writer.settleUncertain(t.Context()); err != nil || !p.writer.committed[row] {
+			t.Errorf("a transaction that was being committed: %v, %v", p.writer.committed[row], err)
+		}
+	})
+	p.awaitBlocked(t)
+	if err := lost.Commit(); err != nil {
+		t.Error(err)
+	}
+	asking.Wait()
+
+	sessions := func() int {
+		n, err := queryValue[int](t.Context(), p.store.readDB, "counting locks", `SELECT count(*) FROM pg_locks
+			WHERE locktype = 'advisory'
+				AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	before := sessions()
+	if _, err := p.store.writeDB.Exec(`UPDATE schema_version SET version = version + 1`); err != nil {
+		t.Fatal(err)
+	}
+	config := *p.config
+	if _, err := newPostgres(t.Context(), &config, true); err == nil {
+		t.Error("a newer schema was opened")
+	}
+	waitFor(t, "the locks of a failed start to go", func() bool { return sessions() == before })
+}
+
+// awaitBlocked waits until a statement in the database waits for a lock.
+func (p *postgres) awaitBlocked(t *testing.T) {
+	t.Helper()
+	waitFor(t, "a statement to wait", func() bool {
+		n, err := queryValue[int](t.Context(), p.store.readDB, "counting waits", `
+			SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`)
+		return n > 0 && err == nil
+	})
+}
+
 // TestPostgresAuditAppendOnly: the database itself refuses to change the trail.
 func TestPostgresAuditAppendOnly(t *testing.T) {
 	requirePostgres(t)
@@ -387,8 +443,11 @@ func TestPostgresColumns(t *testing.T) {
 		WHERE table_schema = current_schema() AND table_name NOT IN ('replicas', 'replica_beats',
 			'replica_answers', 'ledger_commits', 'schema_version', 'limit_accounts', 'limit_leases',
 			'lease_exchanges') AND column_name NOT IN ('replica', 'slot')`)
+	tables := list(lite, `SELECT name FROM sqlite_schema
+		WHERE type = 'table' AND name NOT LIKE 'sqlite_%' AND name NOT LIKE '%\_search%' ESCAPE '\'`)
 	for _, table := range slices.Concat(managedTables(), recordTables(), sumTables(), webhookTables(),
 		contentTables()) {
+		tables = slices.DeleteFunc(tables, func(name string) bool { return name == table.name })
 		words := strings.FieldsFunc(table.read, func(r rune) bool { return !unicode.IsLetter(r) && r != '_' })
 		for _, name := range got {
 			column, ok := strings.CutPrefix(name, table.name+".")
@@ -396,6 +455,9 @@ func TestPostgresColumns(t *testing.T) {
 				t.Errorf("migrate-database does not copy %s", name)
 			}
 		}
+	}
+	if len(tables) > 0 {
+		t.Errorf("migrate-database does not copy the tables %v", tables)
 	}
 	if !slices.Equal(got, want) {
 		for _, name := range want {
@@ -422,6 +484,11 @@ func TestMigrateDatabase(t *testing.T) {
 		if res := p.chat(`"user":"\u0000"`); res.status != 200 {
 			t.Fatalf("got %d", res.status)
 		}
+	}
+	_, once := p.newToken(`"name":"once","policy":{"limits":[
+		{"count":"requests","max":1,"per":"lifetime","for_each":"end_user"}]}`)
+	if _, status := p.sendChat(t.Context(), once, `"n":1`); status != 200 {
+		t.Fatalf("got %d", status)
 	}
 	args := []string{"migrate-database", "--from", "sqlite:" + file, "--to", target}
 	if _, err := runProgram(t, p.env, args...); err == nil || !strings.Contains(err.Error(), "another llm-proxy") {
@@ -471,6 +538,9 @@ func TestMigrateDatabase(t *testing.T) {
 	p.start()
 	if res := p.chat(); res.status != 200 || len(p.ledger()) != rows+1 {
 		t.Errorf("after the move: %d, %d rows", res.status, len(p.ledger()))
+	}
+	if _, status := p.sendChat(t.Context(), once, `"n":1`); status != 429 {
+		t.Errorf("what a value had used of a limit is forgotten: got %d", status)
 	}
 	if p.newToken(`"name":"new"`); len(p.verifyAudit().problems) > 0 {
 		t.Errorf("the trail: %v", p.verifyAudit().problems)
