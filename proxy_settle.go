@@ -54,6 +54,7 @@ func (p *proxy) settle(c *call, r *http.Request) {
 	}
 	if c.unnamed.Load() {
 		row.attribution = row.attribution.withEndUser("", nil)
+		c.storedContent = nil // the calls that have ended have none left either
 	}
 	row.limitHit, row.wouldRefuse = c.reservation.monitorOnlyLimit, c.reservation.monitorOnlyLimit != ""
 	if reason := abortCause(c.ctx); reason != nil && reason.limit != "" {
