@@ -1,7 +1,7 @@
 // This file is the skeleton of every form of /admin: a GET shows it, a POST decodes it into the
 // input of an operation, runs the operation, and either redirects or shows the mistake beside its
-// field. What a field may hold is decided by the operations; a field has the JSON name that they
-// use.
+// field, in the words of the form. What a field may hold is decided by the operations; a field has the
+// JSON name that they use.
 package main
 
 import (
@@ -594,4 +594,90 @@ func encodeRouting(form url.Values) (json.RawMessage, error) {
 		routing["affinity"] = affinity
 	}
 	return mustMarshal(routing), nil
+}
+
+// A formMistake is a line of the summary above a form, and the HTML id of the input that it links to.
+type formMistake struct{ InputID, Text string }
+
+// showErrors puts each mistake of err beside its field and into the summary above the form, and returns the status
+// of the page. Other errors come back.
+func (f *pageForm) showErrors(err error, policy *policyForm) (status int, other error) {
+	for _, err := range splitMistakes(err) {
+		if policy != nil && policy.showError(f, err) {
+			status = max(status, http.StatusBadRequest)
+			continue
+		}
+		s, err := f.showError(err)
+		if err != nil {
+			return 0, err
+		}
+		status = max(status, s)
+	}
+	f.focusFirstMistake(policy)
+	return status, nil
+}
+
+// splitMistakes returns the mistakes that are joined in an error; the error itself if it is anything else.
+func splitMistakes(err error) []error {
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return []error{err}
+	}
+	parts := joined.Unwrap()
+	for _, part := range parts {
+		if _, ok := errors.AsType[*fieldError](part); !ok {
+			return []error{err}
+		}
+	}
+	return parts
+}
+
+// showError shows one mistake.
+func (f *pageForm) showError(err error) (int, error) {
+	if errors.Is(err, errTaken) {
+		err = &fieldError{"name", "is already taken"}
+	}
+	if errors.Is(err, errStale) {
+		f.Problem = "Someone else changed this while you had the form open. Open it again to see the change. " +
+			"Your input is still here."
+		return http.StatusConflict, nil
+	}
+	fe, ok := errors.AsType[*fieldError](err)
+	if !ok {
+		if e, ok := errors.AsType[*apiError](err); ok && e.status == http.StatusBadRequest {
+			f.Problem = f.inWords(e.msg)
+			return http.StatusBadRequest, nil
+		}
+		return 0, err
+	}
+	name, msg, _ := strings.Cut(fe.msg, " ") // of a mistake in an object that the form has fields for
+	if !f.showFieldError(f.Fields, fe) && !f.showFieldError(f.Fields, &fieldError{name, msg}) {
+		f.Problem = capitalize(f.inWords(fieldErrorMessage(fe)))
+	}
+	return http.StatusBadRequest, nil
+}
+
+// showFieldError shows a mistake beside its field, if that is one of fields, and reports whether it is.
+func (f *pageForm) showFieldError(fields []*formField, fe *fieldError) bool {
+	i := slices.IndexFunc(fields, func(field *formField) bool {
+		return field.Name == fe.param || strings.HasPrefix(fe.param, field.Name+"[") // an entry of a list
+	})
+	if i < 0 {
+		return false
+	}
+	fields[i].Error = fields[i].Label + " " + f.inWords(strings.TrimSuffix(fe.msg, ".")) + "."
+	f.Mistakes = append(f.Mistakes, formMistake{fieldID(fields[i].Name), fields[i].Error})
+	return true
+}
+
+// inWords replaces the words of the API in a message by those of the form: the labels of its fields, and an empty
+// field for null.
+func (f *pageForm) inWords(msg string) string {
+	words := []string{"or null", "or empty", "not null", "not empty"}
+	for _, field := range f.Fields {
+		if strings.Contains(field.Name, "_") {
+			words = append(words, field.Name, "“"+field.Label+"”")
+		}
+	}
+	return strings.NewReplacer(words...).Replace(msg)
 }

@@ -2,9 +2,11 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"html"
+	"math"
 	"net/url"
 	"regexp"
 	"slices"
@@ -407,6 +409,79 @@ func TestListUse(t *testing.T) {
 	if at := recentFrom(time.Date(2026, 3, 31, 5, 0, 0, 0, time.UTC).UnixMilli()); at !=
 		time.Date(2026, 3, 2, 0, 0, 0, 0, time.UTC).UnixMilli() {
 		t.Errorf("the recent days begin %v", at)
+	}
+}
+
+// TestCallsSorted: the list of calls sorts by tokens, cost and time, both ways and over pages, and keeps its filters.
+// If more calls match than it sorts, it says so.
+func TestCallsSorted(t *testing.T) {
+	t.Parallel()
+	u := newUsageTest(t)
+	b := u.signIn(u.adminKey)
+	from := minIDAt(u.now.AddDate(0, 0, -29).Truncate(24 * time.Hour))
+	f := requestFilter{before: math.MaxInt64, limit: maxSorted, from: from}
+	rows, _, err := u.instance.store.requestsPage(t.Context(), f)
+	if err != nil || len(rows) < 100 {
+		t.Fatal(len(rows), err)
+	}
+	for order, key := range map[string]func(*requestView) int64{
+		"cost": func(c *requestView) int64 {
+			if c.nullCost == nil {
+				return -1
+			}
+			return *c.nullCost
+		},
+		"tokens": func(c *requestView) int64 { return c.counts.input + c.counts.output },
+		"time": func(c *requestView) int64 {
+			if c.nullTotalUS == nil {
+				return -1
+			}
+			return *c.nullTotalUS
+		},
+	} {
+		slices.SortFunc(rows, func(a, b requestView) int {
+			return cmp.Or(cmp.Compare(key(&a), key(&b)), cmp.Compare(a.id, b.id))
+		})
+		for _, path := range []string{order, "-" + order} {
+			var want, got []string
+			for i := range rows {
+				want = append(want, formatRequestID(rows[i].id))
+			}
+			if path != order {
+				slices.Reverse(want)
+			}
+			for next := "/admin/requests?period=30d&limit=200&order=" + path; next != ""; {
+				page := b.get(next).body
+				ids, _ := parseCallList(page)
+				got, next = append(got, ids...), ""
+				if m := regexp.MustCompile(`href="([^"]*)" rel="next"`).FindStringSubmatch(page); m != nil {
+					next = html.UnescapeString(m[1])
+				}
+				if !strings.Contains(page, `aria-sort="`) || strings.Contains(page, "Sorted are the latest") {
+					t.Errorf("order %s: the page does not show its order, or that it is not of all calls", path)
+				}
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("order %s: %d calls %.200v, want %d %.200v", path, len(got), got, len(want), want)
+			}
+		}
+	}
+	token, err := u.instance.store.tokenByID(t.Context(), u.tokenID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range maxSorted {
+		row := &requestRow{id: minIDAt(time.Now()) + int64(i), project: token.project, token: token.seq, model: "m",
+			endpoint: "POST /v1/embeddings", outcome: outcomeOK, source: usageNone, status: 200, firstByteUS: -1}
+		row.started = time.Now().UnixMilli()
+		u.instance.ledger.recordRefused(row, true)
+	}
+	u.waitSettled()
+	if page := b.get("/admin/requests?order=-cost").body; !strings.Contains(page, "Sorted are the latest 1,000 calls") {
+		t.Error("the page does not say that more calls match than it sorts")
+	}
+	if res := b.get("/admin/requests?order=x"); !strings.Contains(res.body, "There is no such order.") {
+		t.Error("an order that does not exist is no problem")
 	}
 }
 

@@ -608,3 +608,51 @@ func (ui *adminUI) fillLikeToken(r *pageRequest, v *formView, id string) (values
 	}
 	return values, nil
 }
+
+// focusFirstMistake gives the focus to the first input with a mistake.
+func (f *pageForm) focusFirstMistake(policy *policyForm) {
+	fields := f.Fields
+	if policy != nil {
+		fields = append(slices.Clone(fields), policy.fields()...)
+	}
+	for _, field := range fields {
+		if field.Error != "" {
+			field.Focus = true
+			return
+		}
+	}
+	if policy == nil {
+		return
+	}
+	for _, row := range policy.Limits {
+		if row.Error != "" {
+			row.Focus = true
+			return
+		}
+	}
+}
+
+// limitFieldLabel returns the label of a limit's field.
+func limitFieldLabel(name string) string {
+	switch name {
+	case "count":
+		return "Metric"
+	case "max":
+		return "Maximum"
+	case "per":
+		return "Period"
+	case "shadow":
+		return "Monitor only"
+	case "for_each":
+		return "For each"
+	case "max_values":
+		return "Values"
+	}
+	return capitalize(name)
+}
+
+// limitWords replaces the words of the API in a message about a limit by those of the form.
+func limitWords() *strings.Replacer {
+	return strings.NewReplacer("lifetime", "in total", "or concurrent", "or concurrent calls",
+		"with concurrent,", "with concurrent calls:", "limits with for_each", "limits for each value")
+}

@@ -243,7 +243,7 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 	}
 	v.History, err = ui.objectHistory(r, p.ID)
 	forecastLimits(v.Limits, r.now)
-	return showPage("project", p.Name, v), err
+	return showPage("project", p.Name+" · Projects", v), err
 }
 
 // A valuesView is the data of templates/limit-values.html: what the values of limits with for_each have used.

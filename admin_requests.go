@@ -7,7 +7,6 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
-	"context"
 	"encoding/csv"
 	"encoding/json"
 	"errors"
@@ -31,6 +30,7 @@ type requestsView struct {
 	listView
 	InputTokens, OutputTokens int64 // of the page
 	Filtered                  bool
+	MoreFilters               bool // one is set of those that are folded away
 	NoCalls                   bool // there was never a call
 }
 
@@ -153,6 +153,9 @@ func parseFilterTime(v string) (t time.Time, err error) {
 func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 	v := &requestsView{FilterNames: filterNames(), listView: r.newListView()}
 	v.Filtered = slices.ContainsFunc(append(filterNames(), "id"), func(n string) bool { return r.query.Get(n) != "" })
+	v.MoreFilters = slices.ContainsFunc(append(filterNames(), "id"), func(n string) bool {
+		return !slices.Contains([]string{"search", "period", "project", "outcome"}, n) && r.query.Get(n) != ""
+	})
 	f, problem, err := ui.parseRequestFilter(r, r.query)
 	if err != nil {
 		return nil, err
@@ -187,6 +190,101 @@ func (ui *adminUI) requestsPage(r *pageRequest) (*pageResponse, error) {
 		err = ui.fillRequests(r, v, f)
 	}
 	return showPage("requests", "Calls", v), err
+}
+
+// fillRequests reads the page of the list of calls that the address asks for.
+func (ui *adminUI) fillRequests(r *pageRequest, v *requestsView, f requestFilter) error {
+	if err := checkChoice("order", v.Order, append(callOrders(), "", tokensNewest, tokensOldest)...); err != nil {
+		v.Problem = "There is no such order."
+		return nil
+	}
+	v.addColumns(r, cmp.Or(v.Order, tokensNewest), sortColumn{"Started", tokensNewest, ""},
+		sortColumn{"Outcome", "", ""}, sortColumn{"Project and token", "", ""},
+		sortColumn{"Model and endpoint", "", ""}, sortColumn{"Tokens in / out", "-tokens", "num"},
+		sortColumn{"Cost", "-cost", "num"}, sortColumn{"Total / first byte", "-time", "num"})
+	ui.awaitRecorded(r)
+	if slices.Contains(callOrders(), v.Order) {
+		return ui.sortRequests(r, v, f)
+	}
+	f.limit = v.Size
+	before := r.query.Get("before")
+	cursor := cmp.Or(before, r.query.Get("after"))
+	f.isOldestFirst = (v.Order == tokensOldest) != (before != "")
+	if cursor != "" {
+		id, _, err := parseCursor(cursor)
+		switch {
+		case err != nil:
+			return badRequest("invalid_value", "after", "This address is not a page of the list.")
+		case f.isOldestFirst:
+			f.from = max(f.from, id+1)
+		default:
+			f.before = min(f.before, id)
+		}
+	}
+	rows, next, err := ui.store.requestsPage(r.ctx, f)
+	if err != nil {
+		return err
+	}
+	ends := pageEnds{more: next != 0, beyond: formatCursor(next, "")}
+	if before != "" {
+		slices.Reverse(rows)
+	}
+	if n := len(rows); n > 0 {
+		ends.first, ends.last = formatCursor(rows[0].id, ""), formatCursor(rows[n-1].id, "")
+	}
+	v.setPages(r, ends)
+	v.Partial = ends.more && len(rows) < v.Size
+	v.addRows(rows)
+	if v.Total.Label = "This page"; !v.LaterPage && v.Next == "" {
+		v.Total.Label = "All " + pluralize(v.Total.Calls, "call", "calls")
+	}
+	v.NoCalls = len(rows) == 0 && next == 0 && !v.Filtered && cursor == ""
+	return nil
+}
+
+// addRows adds the rows of the page and sets their total.
+func (v *requestsView) addRows(rows []requestView) {
+	v.Total = &listTotal{Calls: int64(len(rows))}
+	for i := range rows {
+		v.Rows = append(v.Rows, newRequestListItem(&rows[i]))
+		v.Total.Cost = dollars(addSat(int64(v.Total.Cost), deref(rows[i].nullCost)))
+		v.InputTokens = addSat(v.InputTokens, rows[i].counts.input)
+		v.OutputTokens = addSat(v.OutputTokens, rows[i].counts.output)
+	}
+}
+
+// callOrders returns the orders of calls that no index has.
+func callOrders() []string { return []string{"tokens", "-tokens", "cost", "-cost", "time", "-time"} }
+
+// sortRequests sorts the latest calls that match: no index has their order, so that the time for it must be limited.
+func (ui *adminUI) sortRequests(r *pageRequest, v *requestsView, f requestFilter) error {
+	f.limit = maxSorted
+	rows, next, err := ui.store.requestsPage(r.ctx, f)
+	if err != nil {
+		return err
+	}
+	if next != 0 {
+		v.Hint = "Sorted are the latest " + pluralize(int64(len(rows)), "call", "calls") + " that match, not all. " +
+			"Choose a shorter period to sort all of its calls."
+	}
+	v.addRows(sortedPage(r, &v.listView, rows, v.Order, func(c *requestView) sortKey {
+		key := sortKey{seq: c.id, number: -1} // without a cost or an end
+		switch strings.TrimPrefix(v.Order, "-") {
+		case "tokens":
+			key.number = addSat(c.counts.input, c.counts.output)
+		case "cost":
+			if c.nullCost != nil {
+				key.number = *c.nullCost
+			}
+		case "time":
+			if c.nullTotalUS != nil {
+				key.number = *c.nullTotalUS
+			}
+		}
+		return key
+	}))
+	v.Total.Label = "This page"
+	return nil
 }
 
 // outcomeLabel returns an outcome in words, the same on every page.
@@ -337,102 +435,6 @@ func durationBar(v *requestView) []durationPart {
 	wait := max(0, min(*v.nullFirstByteUS-failed, rest))
 	return newDurationBar(failures, durationPart{Name: "to the first byte", Class: "k1", us: wait},
 		durationPart{Name: "the response", Class: "k2", us: rest - wait})
-}
-
-// attributeShares is what the largest values of an attribute have.
-type attributeShares struct {
-	attribute string
-	shares    []usageShare
-	tooMany   bool // sums to add up: there are no shares
-}
-
-const (
-	maxAttributeRankings = 6       // of a dashboard
-	maxDashboardSums     = 200_000 // of an attribute that are read for a dashboard
-)
-
-// readAttributes reads the usage of each service tier, and the largest values of each attribute.
-func (d *dashData) readAttributes(ctx context.Context, s *store, q *dashQuery) (err error) {
-	d.tierPoints, err = s.usage(ctx, q.usageQuery(usageQuery{interval: q.grain, byServiceTier: true}))
-	if err != nil {
-		return err
-	}
-	names, err := s.usedAttributes(ctx, q.projectID, maxAttributeRankings)
-	if isAttribute(q.groupBy) && !slices.Contains(names, q.groupBy) {
-		names = append(names, q.groupBy)
-	}
-	for _, name := range names {
-		u := q.usageQuery(usageQuery{attribute: name, top: rankingSize + 1, largestBy: q.metric})
-		shares, err := s.topValues(ctx, &u, maxDashboardSums)
-		tooMany := errors.Is(err, errTooManyRows)
-		if err != nil && !tooMany {
-			return err
-		}
-		if len(shares) > 0 || tooMany {
-			d.attributes = append(d.attributes, attributeShares{name, shares, tooMany})
-		}
-		if name == q.groupBy && len(shares) > 0 {
-			u = q.usageQuery(usageQuery{interval: q.grain, attribute: name, top: maxNamedSeries, largestBy: q.metric})
-			if d.valuePoints, err = s.usage(ctx, u); err != nil {
-				return err
-			}
-			isOther := func(u usageRow) bool { return u.rest == restOther }
-			d.valuePoints = slices.DeleteFunc(d.valuePoints, isOther)
-		}
-	}
-	return err
-}
-
-// attributeTitle names the values of an attribute.
-func attributeTitle(attribute string) string {
-	if key, isTag := strings.CutPrefix(attribute, tagAttribute); isTag {
-		return "Tag " + key
-	}
-	return map[string]string{sessionAttribute: "Sessions", endUserAttribute: "End users"}[attribute]
-}
-
-// attributeRankings returns a table of the service tiers, if there is another than the standard one, and one for each
-// attribute.
-func (d *dashData) attributeRankings(q *dashQuery, whole float64) (tables []rankingTable) {
-	tiers := sharesOf(d.tierSeries(q))
-	if slices.ContainsFunc(tiers, func(v usageShare) bool { return v.id != "" }) {
-		tables = append(tables, d.ranking(q, "Service tiers", tiers, whole))
-	}
-	for _, a := range d.attributes {
-		table := d.ranking(q, attributeTitle(a.attribute), a.shares, whole)
-		table.TooMany, table.More = a.tooMany, 0 // it is not known how many there are
-		for i := range table.Rows {
-			table.Rows[i].Link = attributeLink(a.attribute, table.Rows[i].Name, q.projectID)
-		}
-		tables = append(tables, table)
-	}
-	return tables
-}
-
-// attributeLink returns the page of a session, or the list of calls with another value.
-func attributeLink(attribute, value, project string) string {
-	query := url.Values{"project": {project}}
-	switch key, isTag := strings.CutPrefix(attribute, tagAttribute); {
-	case isTag:
-		query.Set("tag", key+"="+value)
-	case attribute == sessionAttribute:
-		return "/admin/sessions?" + url.Values{"session": {value}}.Encode()
-	default:
-		query.Set("end_user", value)
-	}
-	return "/admin/requests?" + query.Encode()
-}
-
-// writeAttributesCSV writes a line for each service tier, and for each of the largest values.
-func (d *dashData) writeAttributesCSV(q *dashQuery, e *exportWriter) {
-	tiers := attributeShares{attribute: "service_tier", shares: sharesOf(d.tierSeries(q))}
-	for _, a := range append([]attributeShares{tiers}, d.attributes...) {
-		for _, v := range a.shares[:min(len(a.shares), rankingSize)] {
-			row := []string{a.attribute, "", v.name, "", formatInt(v.calls), "", "", formatInt(v.tokens),
-				formatNanos(v.cost)}
-			e.writeRow(append(row, make([]string, 13)...)...)
-		}
-	}
 }
 
 // A contentPageView is the data of templates/content.html.

@@ -593,7 +593,7 @@ func (ui *adminUI) webhookPage(r *pageRequest) (*pageResponse, error) {
 	page, err := ui.ops.listDeliveries(r.ctx, f)
 	item := newWebhookItem(w, page)
 	item.Next = r.nextPageURL(page.Next)
-	return showPage("webhook", w.Name, item), err
+	return showPage("webhook", w.Name+" · Webhooks", item), err
 }
 
 // webhookForm returns the form of a webhook, and its input with the fields that the form has. Each type of notification

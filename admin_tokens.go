@@ -379,7 +379,7 @@ func (ui *adminUI) tokenPage(r *pageRequest) (*pageResponse, error) {
 	}
 	v.History, err = ui.objectHistory(r, t.ID)
 	forecastLimits(v.Limits, r.now)
-	return showPage("token", t.Name, v), err
+	return showPage("token", t.Name+" · Tokens", v), err
 }
 
 // latestFailures returns the latest calls of the last 30 days that failed, of those that f lets through.

@@ -1,9 +1,10 @@
 // This file turns data into HTML: it parses the embedded templates once, serves the static files, has
-// the functions that templates call, formats the numbers of pages and charts, and says in the words of a form what is
-// wrong with it. Templates only format; html/template escapes whatever they print.
+// the functions that templates call, formats the numbers of pages and charts, and has the dashboard's tiles and its
+// tables of attributes. Templates only format; html/template escapes whatever they print.
 package main
 
 import (
+	"context"
 	"crypto/sha256"
 	"embed"
 	"encoding/hex"
@@ -16,6 +17,7 @@ import (
 	"math"
 	"mime"
 	"net/http"
+	"net/url"
 	"path"
 	"slices"
 	"strconv"
@@ -428,140 +430,6 @@ func formatPercentChange(now, was float64) string {
 	}
 }
 
-// A formMistake is a line of the summary above a form, and the HTML id of the input that it links to.
-type formMistake struct{ InputID, Text string }
-
-// showErrors puts each mistake of err beside its field and into the summary above the form, and returns the status
-// of the page. Other errors come back.
-func (f *pageForm) showErrors(err error, policy *policyForm) (status int, other error) {
-	for _, err := range splitMistakes(err) {
-		if policy != nil && policy.showError(f, err) {
-			status = max(status, http.StatusBadRequest)
-			continue
-		}
-		s, err := f.showError(err)
-		if err != nil {
-			return 0, err
-		}
-		status = max(status, s)
-	}
-	f.focusFirstMistake(policy)
-	return status, nil
-}
-
-// splitMistakes returns the mistakes that are joined in an error; the error itself if it is anything else.
-func splitMistakes(err error) []error {
-	joined, ok := err.(interface{ Unwrap() []error })
-	if !ok {
-		return []error{err}
-	}
-	parts := joined.Unwrap()
-	for _, part := range parts {
-		if _, ok := errors.AsType[*fieldError](part); !ok {
-			return []error{err}
-		}
-	}
-	return parts
-}
-
-// showError shows one mistake.
-func (f *pageForm) showError(err error) (int, error) {
-	if errors.Is(err, errTaken) {
-		err = &fieldError{"name", "is already taken"}
-	}
-	if errors.Is(err, errStale) {
-		f.Problem = "Someone else changed this while you had the form open. Open it again to see the change. " +
-			"Your input is still here."
-		return http.StatusConflict, nil
-	}
-	fe, ok := errors.AsType[*fieldError](err)
-	if !ok {
-		if e, ok := errors.AsType[*apiError](err); ok && e.status == http.StatusBadRequest {
-			f.Problem = f.inWords(e.msg)
-			return http.StatusBadRequest, nil
-		}
-		return 0, err
-	}
-	name, msg, _ := strings.Cut(fe.msg, " ") // of a mistake in an object that the form has fields for
-	if !f.showFieldError(f.Fields, fe) && !f.showFieldError(f.Fields, &fieldError{name, msg}) {
-		f.Problem = capitalize(f.inWords(fieldErrorMessage(fe)))
-	}
-	return http.StatusBadRequest, nil
-}
-
-// showFieldError shows a mistake beside its field, if that is one of fields, and reports whether it is.
-func (f *pageForm) showFieldError(fields []*formField, fe *fieldError) bool {
-	i := slices.IndexFunc(fields, func(field *formField) bool {
-		return field.Name == fe.param || strings.HasPrefix(fe.param, field.Name+"[") // an entry of a list
-	})
-	if i < 0 {
-		return false
-	}
-	fields[i].Error = fields[i].Label + " " + f.inWords(strings.TrimSuffix(fe.msg, ".")) + "."
-	f.Mistakes = append(f.Mistakes, formMistake{fieldID(fields[i].Name), fields[i].Error})
-	return true
-}
-
-// inWords replaces the words of the API in a message by those of the form: the labels of its fields, and an empty
-// field for null.
-func (f *pageForm) inWords(msg string) string {
-	words := []string{"or null", "or empty", "not null", "not empty"}
-	for _, field := range f.Fields {
-		if strings.Contains(field.Name, "_") {
-			words = append(words, field.Name, "“"+field.Label+"”")
-		}
-	}
-	return strings.NewReplacer(words...).Replace(msg)
-}
-
-// focusFirstMistake gives the focus to the first input with a mistake.
-func (f *pageForm) focusFirstMistake(policy *policyForm) {
-	fields := f.Fields
-	if policy != nil {
-		fields = append(slices.Clone(fields), policy.fields()...)
-	}
-	for _, field := range fields {
-		if field.Error != "" {
-			field.Focus = true
-			return
-		}
-	}
-	if policy == nil {
-		return
-	}
-	for _, row := range policy.Limits {
-		if row.Error != "" {
-			row.Focus = true
-			return
-		}
-	}
-}
-
-// limitFieldLabel returns the label of a limit's field.
-func limitFieldLabel(name string) string {
-	switch name {
-	case "count":
-		return "Metric"
-	case "max":
-		return "Maximum"
-	case "per":
-		return "Period"
-	case "shadow":
-		return "Monitor only"
-	case "for_each":
-		return "For each"
-	case "max_values":
-		return "Values"
-	}
-	return capitalize(name)
-}
-
-// limitWords replaces the words of the API in a message about a limit by those of the form.
-func limitWords() *strings.Replacer {
-	return strings.NewReplacer("lifetime", "in total", "or concurrent", "or concurrent calls",
-		"with concurrent,", "with concurrent calls:", "limits with for_each", "limits for each value")
-}
-
 // A tile is one number, its change from that of the period before, and its course. Link leads to what it counts. Level
 // is good, bad or "".
 type tile struct {
@@ -687,4 +555,100 @@ func newDurationBar(parts ...durationPart) (bar []durationPart) {
 		x += width
 	}
 	return bar
+}
+
+// attributeShares is what the largest values of an attribute have.
+type attributeShares struct {
+	attribute string
+	shares    []usageShare
+	tooMany   bool // sums to add up: there are no shares
+}
+
+const (
+	maxAttributeRankings = 6       // of a dashboard
+	maxDashboardSums     = 200_000 // of an attribute that are read for a dashboard
+)
+
+// readAttributes reads the usage of each service tier, and the largest values of each attribute.
+func (d *dashData) readAttributes(ctx context.Context, s *store, q *dashQuery) (err error) {
+	d.tierPoints, err = s.usage(ctx, q.usageQuery(usageQuery{interval: q.grain, byServiceTier: true}))
+	if err != nil {
+		return err
+	}
+	names, err := s.usedAttributes(ctx, q.projectID, maxAttributeRankings)
+	if isAttribute(q.groupBy) && !slices.Contains(names, q.groupBy) {
+		names = append(names, q.groupBy)
+	}
+	for _, name := range names {
+		u := q.usageQuery(usageQuery{attribute: name, top: rankingSize + 1, largestBy: q.metric})
+		shares, err := s.topValues(ctx, &u, maxDashboardSums)
+		tooMany := errors.Is(err, errTooManyRows)
+		if err != nil && !tooMany {
+			return err
+		}
+		if len(shares) > 0 || tooMany {
+			d.attributes = append(d.attributes, attributeShares{name, shares, tooMany})
+		}
+		if name == q.groupBy && len(shares) > 0 {
+			u = q.usageQuery(usageQuery{interval: q.grain, attribute: name, top: maxNamedSeries, largestBy: q.metric})
+			if d.valuePoints, err = s.usage(ctx, u); err != nil {
+				return err
+			}
+			isOther := func(u usageRow) bool { return u.rest == restOther }
+			d.valuePoints = slices.DeleteFunc(d.valuePoints, isOther)
+		}
+	}
+	return err
+}
+
+// attributeTitle names the values of an attribute.
+func attributeTitle(attribute string) string {
+	if key, isTag := strings.CutPrefix(attribute, tagAttribute); isTag {
+		return "Tag " + key
+	}
+	return map[string]string{sessionAttribute: "Sessions", endUserAttribute: "End users"}[attribute]
+}
+
+// attributeRankings returns a table of the service tiers, if there is another than the standard one, and one for each
+// attribute.
+func (d *dashData) attributeRankings(q *dashQuery, whole float64) (tables []rankingTable) {
+	tiers := sharesOf(d.tierSeries(q))
+	if slices.ContainsFunc(tiers, func(v usageShare) bool { return v.id != "" }) {
+		tables = append(tables, d.ranking(q, "Service tiers", tiers, whole))
+	}
+	for _, a := range d.attributes {
+		table := d.ranking(q, attributeTitle(a.attribute), a.shares, whole)
+		table.TooMany, table.More = a.tooMany, 0 // it is not known how many there are
+		for i := range table.Rows {
+			table.Rows[i].Link = attributeLink(a.attribute, table.Rows[i].Name, q.projectID)
+		}
+		tables = append(tables, table)
+	}
+	return tables
+}
+
+// attributeLink returns the page of a session, or the list of calls with another value.
+func attributeLink(attribute, value, project string) string {
+	query := url.Values{"project": {project}}
+	switch key, isTag := strings.CutPrefix(attribute, tagAttribute); {
+	case isTag:
+		query.Set("tag", key+"="+value)
+	case attribute == sessionAttribute:
+		return "/admin/sessions?" + url.Values{"session": {value}}.Encode()
+	default:
+		query.Set("end_user", value)
+	}
+	return "/admin/requests?" + query.Encode()
+}
+
+// writeAttributesCSV writes a line for each service tier, and for each of the largest values.
+func (d *dashData) writeAttributesCSV(q *dashQuery, e *exportWriter) {
+	tiers := attributeShares{attribute: "service_tier", shares: sharesOf(d.tierSeries(q))}
+	for _, a := range append([]attributeShares{tiers}, d.attributes...) {
+		for _, v := range a.shares[:min(len(a.shares), rankingSize)] {
+			row := []string{a.attribute, "", v.name, "", formatInt(v.calls), "", "", formatInt(v.tokens),
+				formatNanos(v.cost)}
+			e.writeRow(append(row, make([]string, 13)...)...)
+		}
+	}
 }

@@ -454,6 +454,8 @@ func BenchmarkScalePages(b *testing.B) {
 		"requests?project=proj_scale0000006",
 		"requests?outcome=lost" + project,
 		"requests?token=tok_scale00000007",
+		"requests?order=-cost",
+		"requests?order=time&period=90d" + project,
 		"requests?search=zq",
 		"requests?search=no+such+call" + project,
 		"requests?search=gpt-4o&period=30d",

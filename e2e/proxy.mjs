@@ -137,6 +137,10 @@ export class Demo {
     return d;
   }
 
+  async manage(path) {
+    return (await fetch(this.url + path, { headers: { authorization: `Bearer ${this.key}` } })).json();
+  }
+
   // calls waits until all calls since a time are settled, and returns them, newest first.
   async calls(since) {
     for (;;) {

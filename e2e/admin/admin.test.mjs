@@ -300,6 +300,7 @@ describe('the pages', { skip }, () => {
     assert.match(hit, /^llm-proxy; hit; ttl=3/);
     assert.equal(first, second);
     await page.goto(`${proxy.url}/admin/requests?project=${project.id}`);
+    await page.getByText('More filters').click();
     await page.getByLabel('Cache', { exact: true }).selectOption('Hit');
     await page.getByRole('button', { name: 'Apply', exact: true }).click();
     await page.getByText('cache: hit').waitFor();
