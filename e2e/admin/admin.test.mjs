@@ -335,7 +335,7 @@ describe('the pages', { skip }, () => {
       for (const path of ['/admin/streams', '/admin/requests', '/admin/tokens', '/admin/keys', '/admin/prices', '/admin/audit', `/admin/projects/${proxy.project}`]) {
         await page.goto(proxy.url + path);
         await page.waitForTimeout(50); // for the animation that draws the shadow
-        const tables = await page.locator('.table').evaluateAll((all) => all.filter((t) => t.clientWidth > 0).map((t) => {
+        const tables = await page.locator('.table').evaluateAll((all) => all.filter((t) => t.checkVisibility()).map((t) => {
           const box = t.getBoundingClientRect();
           const actions = [...t.querySelectorAll('.act a')].map((a) => a.getBoundingClientRect());
           const cues = [t, ...t.querySelectorAll('.act')].map((e) => getComputedStyle(e).boxShadow);
