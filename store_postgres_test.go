@@ -144,7 +144,11 @@ func emptyTestDatabase(name string) error {
 		WHERE datname = current_database() AND pid <> pg_backend_pid()`); err != nil {
 		return err
 	}
-	if checked, err := isCheckedSchema(context.Background(), tx, testSchemaVersion()); err != nil || !checked {
+	version, supported, err := postgresSchemaVersion(context.Background(), tx)
+	if err != nil {
+		return err
+	}
+	if checked, err := isCheckedSchema(context.Background(), tx, version); err != nil || !checked || version != supported {
 		return errors.Join(err, errors.New("its schema was changed"))
 	}
 	if _, err := tx.Exec(`SET LOCAL session_replication_role = replica; -- without triggers
@@ -166,12 +170,6 @@ func emptyTestDatabase(name string) error {
 		return err
 	}
 	return tx.Commit()
-}
-
-// testSchemaVersion returns the version of the schema that this binary makes.
-func testSchemaVersion() int {
-	files, _ := postgresSchemaFiles.ReadDir("schema/postgres")
-	return len(files)
 }
 
 // dumpTestDatabase returns everything in a database, as text.
