@@ -333,9 +333,13 @@ func (p *testProxy) execSQL(statements ...string) {
 // them.
 func (p *testProxy) execSQLBound(statements ...string) {
 	p.t.Helper()
-	p.execSQL(statements...)
 	ctx := p.t.Context()
 	err := p.instance.store.withAuditedTx(ctx, systemOrigin(time.Now()), func(tx *auditedTx) (auditEvent, error) {
+		for _, text := range statements { // in one transaction: a row whose binding is not right yet would be refused
+			if _, err := tx.ExecContext(ctx, text); err != nil {
+				return auditEvent{}, err
+			}
+		}
 		return auditEvent{action: "test"}, eachGrantingRow(ctx, tx, func(row grantingRow) error {
 			tx.bind(row)
 			return saveBinding(ctx, tx, row)

@@ -46,6 +46,7 @@ type cluster struct {
 	// Used by the goroutine of the changes.
 	lastSeq int64 // of the audit trail, up to which changes are in force
 
+	rank          atomic.Pointer[replicaRank]
 	beatTrouble   atomic.Pointer[string] // why no call may be admitted; nil: none
 	changeTrouble atomic.Pointer[string]
 	heard         atomic.Int64 // nanoseconds: when the last successful look for changes began
@@ -65,6 +66,7 @@ func newCluster(p *postgres) *cluster {
 		c.now = time.Now
 	}
 	c.databaseBegan.Store(c.now().UnixMilli()) // until it is compared
+	c.rank.Store(&replicaRank{0, 1})
 	return c
 }
 
@@ -332,6 +334,17 @@ func (c *cluster) answerQuestion(ctx context.Context, text string) {
 	}
 }
 
+// setRank finds this replica's rank among those that are open, of which others has the rest.
+func (c *cluster) setRank(others map[int64]int64) {
+	rank := &replicaRank{0, 1 + int64(len(others))}
+	for id := range others {
+		if id < c.db.replica {
+			rank.index++
+		}
+	}
+	c.rank.Store(rank)
+}
+
 // A peerWatch is what this process has seen of the other replicas.
 type peerWatch struct {
 	peers       map[int64]peer
@@ -394,6 +407,7 @@ func (c *cluster) closeDead(ctx context.Context, w *peerWatch, timeout time.Dura
 	if err != nil {
 		return err
 	}
+	c.setRank(beats)
 	maps.DeleteFunc(w.peers, func(id int64, _ peer) bool { _, open := beats[id]; return !open })
 	for id, beat := range beats {
 		seen, known := w.peers[id]

@@ -172,6 +172,39 @@ func TestClusterSharesHealth(t *testing.T) {
 	})
 }
 
+// TestClusterDividesKeyLimits: what a key itself may do in a minute is divided among the replicas, however little that
+// is.
+func TestClusterDividesKeyLimits(t *testing.T) {
+	requirePostgres(t)
+	a := newTest(t, map[string]string{"ENCRYPTION_KEY": goodKey})
+	a.changeUpstream(a.upstream, `"requests_per_minute":5`)
+	all := []*testProxy{a, a.newReplica(nil, nil), a.newReplica(nil, nil)}
+	for _, limit := range []int64{1, 2, 3, 5, 1_000_000_000} {
+		waitFor(t, "a limit that is divided", func() bool {
+			var sum int64
+			for _, p := range all {
+				sum += p.instance.store.shareOf(limit)
+			}
+			return sum == limit
+		})
+	}
+	for {
+		began, answered := time.Now().Unix()/60, 0
+		for n := range 18 {
+			if all[n%3].chatAs(a.token).status == 200 {
+				answered++
+			}
+		}
+		if began != time.Now().Unix()/60 {
+			continue
+		}
+		if answered != 5 {
+			t.Errorf("%d calls were answered in a minute, the limit is 5", answered)
+		}
+		return
+	}
+}
+
 // TestClusterRevokesStreams: running calls at all replicas end when their token is revoked at one of them.
 func TestClusterRevokesStreams(t *testing.T) {
 	requirePostgres(t)

@@ -277,7 +277,7 @@ func TestComposeCluster(t *testing.T) {
 		t.Fatal(err)
 	}
 	a, b := yamlAt(root, "services", "llm-proxy-a"), yamlAt(root, "services", "llm-proxy-b")
-	if yamlAt(b, "extends", "service") != "llm-proxy-a" || yamlAt(a, "build", "args", "TAGS") != "postgres" ||
+	if yamlAt(b, "extends", "service") != "llm-proxy-a" || yamlAt(a, "build", "target") != "postgres" ||
 		fmt.Sprint(yamlAt(a, "volumes")) == fmt.Sprint(yamlAt(b, "volumes")) {
 		t.Error("the replicas are not two of the same kind, each with its own data directory")
 	}

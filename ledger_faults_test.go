@@ -226,7 +226,7 @@ func TestRowsRefused(t *testing.T) {
 			}
 			p.checkRecorded(6)
 			waitFor(t, "the file of kept calls to go", func() bool {
-				_, err := os.Stat(unwrittenFileName(p.instance.cfg.databaseFile))
+				_, err := os.Stat(p.instance.cfg.unwrittenFile())
 				return err != nil
 			})
 			if lines, err := p.runDoctor(nil); err != nil || !hasFinding(lines, "ok", "ledger", "") {
@@ -306,7 +306,7 @@ func TestRefusedRowsAcrossRestart(t *testing.T) {
 	_, token := p.newToken(`"name":"limited","max_requests":4`)
 	p.chatAs(token)
 	p.waitSettled()
-	kept := unwrittenFileName(p.instance.cfg.databaseFile)
+	kept := p.instance.cfg.unwrittenFile()
 	id := p.instance.proxy.ids.next(time.Now())
 	earlier := strings.TrimSuffix(unwrittenLine(t, p.instance.store, &requestRow{id: id, started: id >> idTimeShift,
 		project: 1, token: 2, endpoint: "POST /v1/chat/completions", outcome: outcomeOK, status: 200, source: usageNone,

@@ -332,7 +332,7 @@ func TestStopWhileLocked(t *testing.T) {
 		t.Errorf("stopping: %v", err)
 	}
 	unlock()
-	name := unwrittenFileName(p.instance.cfg.databaseFile)
+	name := p.instance.cfg.unwrittenFile()
 	kept, err := os.ReadFile(name)
 	if err != nil || bytes.Count(kept, []byte("\n")) != calls || !strings.Contains(string(p.log.bytes()), name) ||
 		!strings.Contains(string(p.log.bytes()), "database is locked") {

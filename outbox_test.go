@@ -51,7 +51,7 @@ func TestOutboxKilled(t *testing.T) {
 	p.setPragma(`PRAGMA query_only = 1`)
 	close(proceed)
 	clients.Wait()
-	name := unwrittenFileName(p.instance.cfg.databaseFile)
+	name := p.instance.cfg.unwrittenFile()
 	waitFor(t, "the rows to be kept", func() bool {
 		text, _ := os.ReadFile(name)
 		return bytes.Count(text, []byte("\n")) == calls
@@ -72,7 +72,7 @@ func TestOutboxKilled(t *testing.T) {
 		if len(rows) != calls+1 || outcomes[outcomeOK] != calls || outcomes[last]%calls != 0 {
 			t.Errorf("recorded are %v, and one %s", outcomes, last)
 		}
-		if _, err := os.Stat(unwrittenFileName(q.instance.cfg.databaseFile)); err == nil {
+		if _, err := os.Stat(q.instance.cfg.unwrittenFile()); err == nil {
 			t.Error("the file is still there")
 		}
 		q.checkSums()

@@ -71,11 +71,24 @@ type backend struct {
 
 	replica     int64       // the id of this process among those that use the database; 0: it is open for reading
 	isLeader    func() bool // it does what only one replica does
+	rank        func() replicaRank
 	limitNow    func() int64
 	clockOffset func() int64
 	leases      leaseBackend
 	status      func() replicaInfo // without its calls and leases
 	started     func()             // lets other processes start; call it once the database has what a server needs
+}
+
+// A replicaRank says which of the replicas this process is, in the order of their ids.
+type replicaRank struct{ index, count int64 }
+
+// shareOf returns the part of a limit for this process that replicas divide. The parts of all add up to the limit.
+func (s *store) shareOf(limit int64) int64 {
+	if s.backend == nil {
+		return limit
+	}
+	r := s.backend.rank()
+	return limit*(r.index+1)/r.count - limit*r.index/r.count
 }
 
 // A recoverFunc records the calls of a closed replica as lost, with a writer of its own, and returns how many.

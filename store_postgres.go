@@ -197,6 +197,7 @@ func (p *postgres) backend() *backend {
 		slot: p.slot.Load, lastRequestID: p.lastRequestID, recoverClosed: p.recoverClosed,
 		pendingRecords: p.pendingRecords, deletePending: p.deletePending, mergeSlots: p.mergeSlots,
 		listReplicas: p.listReplicas, ask: p.cluster.ask, announce: p.announce, isLeader: p.cluster.isLeader,
+		rank:     func() replicaRank { return *p.cluster.rank.Load() },
 		limitNow: p.cluster.limitNow, clockOffset: p.cluster.offset.Load, status: p.cluster.status,
 		started: func() { p.started() }, leases: p.leases.backend(p),
 	}

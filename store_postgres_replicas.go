@@ -112,6 +112,11 @@ func (p *postgres) join(ctx context.Context) (err error) {
 		return err
 	}
 	p.cluster.heard.Store(int64(p.cluster.uptime()))
+	others, err := p.cluster.readBeats(ctx)
+	if err != nil {
+		return err
+	}
+	p.cluster.setRank(others)
 	return p.cluster.beat(ctx)
 }
 

@@ -148,7 +148,8 @@ func emptyTestDatabase(name string) error {
 	if err != nil {
 		return err
 	}
-	if checked, err := isCheckedSchema(context.Background(), tx, version); err != nil || !checked || version != supported {
+	checked, err := isCheckedSchema(context.Background(), tx, version)
+	if err != nil || !checked || version != supported {
 		return errors.Join(err, errors.New("its schema was changed"))
 	}
 	if _, err := tx.Exec(`SET LOCAL session_replication_role = replica; -- without triggers

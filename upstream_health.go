@@ -154,8 +154,8 @@ func (h *keyHealth) admits(now, tokens int64, limits *upstreamSettings, reserve 
 	if m := now / 60_000; m > h.minute {
 		h.minute, h.requests, h.tokens = m, 0, 0
 	}
-	if limits.RequestsPerMinute > 0 && h.requests >= limits.RequestsPerMinute ||
-		limits.TokensPerMinute > 0 && h.tokens > 0 && h.tokens+tokens > limits.TokensPerMinute {
+	if limits.RequestsPerMinute > 0 && h.requests >= h.tracker.share(limits.RequestsPerMinute) ||
+		limits.TokensPerMinute > 0 && h.tokens > 0 && h.tokens+tokens > h.tracker.share(limits.TokensPerMinute) {
 		return false
 	}
 	if reserve {
@@ -169,26 +169,23 @@ func (h *keyHealth) admits(now, tokens int64, limits *upstreamSettings, reserve 
 // its part of the key's own limits.
 func (h *keyHealth) unreserve(reservedAt, tokens int64, limits *upstreamSettings) {
 	h.endProbe()
-	if limits.RequestsPerMinute == 0 && limits.TokensPerMinute == 0 {
-		return
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if reservedAt/60_000 == h.minute {
-		h.requests, h.tokens = max(0, h.requests-1), max(0, h.tokens-tokens)
-	}
+	h.addToMinute(reservedAt, -1, -tokens, limits)
 }
 
-// correctUsage replaces the tokens reserved for a call by those that it used, if the minute in which it began is
-// not over.
+// correctUsage replaces the tokens reserved for a call by those that it used.
 func (h *keyHealth) correctUsage(began, reserved, used int64, limits *upstreamSettings) {
+	h.addToMinute(began, 0, used-reserved, limits)
+}
+
+// addToMinute adds to what counts in the key's own limits, if the minute in which the call began is not over.
+func (h *keyHealth) addToMinute(began, requests, tokens int64, limits *upstreamSettings) {
 	if limits.RequestsPerMinute == 0 && limits.TokensPerMinute == 0 {
 		return
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if began/60_000 == h.minute {
-		h.tokens = max(0, h.tokens+used-reserved)
+		h.requests, h.tokens = max(0, h.requests+requests), max(0, h.tokens+tokens)
 	}
 }
 
@@ -420,11 +417,12 @@ type healthTracker struct {
 	changed map[*keyHealth]struct{} // to be stored
 	stored  map[int64]healthRow     // as merge saw it the last time
 	wake    chan struct{}           // gets a value after each change
+	share   func(int64) int64       // of a key's own limit, for this replica
 }
 
 func newHealthTracker() *healthTracker {
 	return &healthTracker{keys: map[int64]*keyHealth{}, budgets: map[string]*retryBudget{},
-		changed: map[*keyHealth]struct{}{}, wake: make(chan struct{}, 1)}
+		changed: map[*keyHealth]struct{}{}, wake: make(chan struct{}, 1), share: func(n int64) int64 { return n }}
 }
 
 // forUpstream returns the health of an upstream; a new one is ready.
@@ -627,6 +625,7 @@ func loadHealth(ctx context.Context, st *store) (*healthTracker, error) {
 		return nil, err
 	}
 	tracker := newHealthTracker()
+	tracker.share = st.shareOf
 	for _, r := range rows {
 		if now := time.Now().UnixMilli(); r.changedAt > now { // the clock has been set back
 			r.changedAt, r.until = now, now

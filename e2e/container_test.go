@@ -101,13 +101,17 @@ func (b *builder) goImage() string {
 	return "localhost/golang:here"
 }
 
-// build builds the image and returns the directory with its files. volumes are the caches of this machine's compiler.
-func (b *builder) build(goImage, tag string, volumes ...string) (root string) {
+// build builds a target of the Dockerfile, "" for the last, and returns the directory with its files. volumes are the caches
+// of this machine's compiler.
+func (b *builder) build(goImage, target, tag string, volumes ...string) (root string) {
 	b.t.Helper()
 	args := []string{"bud", "-q", "--isolation", "chroot", "--pull-never", "--layers=false", "--format", "docker", "--timestamp", "0",
 		"--build-arg", "GO_IMAGE=" + goImage, "--build-arg", "VERSION=v0.0.0-e2e", "-v", command(b.t, "go", "env", "GOMODCACHE") + ":/go/pkg/mod", "-t", tag}
 	for _, v := range volumes {
 		args = append(args, "-v", v)
+	}
+	if target != "" {
+		args = append(args, "--target", target)
 	}
 	b.run(append(args, "..")...)
 	return b.run("mount", b.run("from", tag))
@@ -118,15 +122,37 @@ func (b *builder) build(goImage, tag string, volumes ...string) (root string) {
 func TestContainer(t *testing.T) {
 	b := newBuilder(t)
 	base := b.goImage()
-	root := b.build(base, "localhost/llm-proxy:one", command(t, "go", "env", "GOCACHE")+":/root/.cache/go-build")
+	cache := command(t, "go", "env", "GOCACHE") + ":/root/.cache/go-build"
+	root := b.build(base, "", "localhost/llm-proxy:one", cache)
 	b.checkFiles(root)
 	b.checkConfig("localhost/llm-proxy:one")
 	t.Run("serves", func(t *testing.T) { serveImage(t, root) })
+	t.Run("postgres", func(t *testing.T) { // the other target has support for PostgreSQL, and is the same in all else
+		root := b.build(base, "postgres", "localhost/llm-proxy:postgres", cache)
+		b.checkFiles(root)
+		b.checkConfig("localhost/llm-proxy:postgres")
+		serveImage(t, root)
+	})
+	for name, want := range map[string]bool{"one": false, "postgres": true} {
+		if got := hasPostgres(t, b.run("mount", b.run("from", "localhost/llm-proxy:"+name))); got != want {
+			t.Errorf("the image %s has support for PostgreSQL: %v", name, got)
+		}
+	}
 	t.Run("again", func(t *testing.T) { // the same bytes, although everything is compiled again
-		if one, two := hashOf(t, root), hashOf(t, b.build(base, "localhost/llm-proxy:two")); one != two {
+		if one, two := hashOf(t, root), hashOf(t, b.build(base, "", "localhost/llm-proxy:two")); one != two {
 			t.Errorf("two builds differ: %s, %s", one, two)
 		}
 	})
+}
+
+// hasPostgres reports whether an image's program can use PostgreSQL.
+func hasPostgres(t *testing.T, root string) bool {
+	t.Helper()
+	out, err := exec.Command("go", "version", "-m", filepath.Join(root, "llm-proxy")).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Contains(string(out), "github.com/lib/pq")
 }
 
 func hashOf(t *testing.T, root string) string {

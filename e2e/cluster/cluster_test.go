@@ -1,11 +1,13 @@
 package cluster
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,6 +25,7 @@ func TestCluster(t *testing.T) {
 		run  func(*cluster, *testing.T)
 	}{
 		{"limits", (*cluster).testLimits},
+		{"changes", (*cluster).testChanges},
 		{"revocation", (*cluster).testRevocation},
 		{"frozen", (*cluster).testFrozen},
 		{"connections", (*cluster).testConnections},
@@ -126,6 +129,93 @@ func (c *cluster) tryLimit(t *testing.T, limit limitCase, token, user string, ca
 	case victim == nil && statuses[200] < limit.n-limit.left:
 		t.Errorf("%s: %d calls were answered and %d reached the provider, of %d (%v)", user, statuses[200], calls, limit.n, statuses)
 	}
+}
+
+// testChanges: while 200 callers call all replicas, a limit is raised, lowered, removed and set again, a replica is killed,
+// and another is stopped until it is closed. No call goes beyond what the limit says at that time.
+func (c *cluster) testChanges(t *testing.T) {
+	const user, limit = "changes", `{"count":"requests","max":%d,"per":"day"}`
+	id, token := c.newToken(`"policy":{"limits":[` + fmt.Sprintf(limit, 60) + `]}`)
+	set := func(limits string) {
+		c.manage(0, "PATCH", "/manage/tokens/"+id, json.RawMessage(`{"policy":{"limits":[`+limits+`]}}`), nil)
+	}
+	made := func() int { n, _ := c.provider.counted(user); return n }
+	stop := make(chan struct{})
+	var callers sync.WaitGroup
+	for i := range 200 {
+		callers.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if c.call(c.replicas[i%3], token, user) != 200 {
+					time.Sleep(50 * time.Millisecond)
+				}
+			}
+		})
+	}
+	end := sync.OnceFunc(func() { close(stop); callers.Wait() })
+	defer end()
+	// settled waits until no call has been made for two seconds, and checks how many there were.
+	settled := func(what string, most int) {
+		t.Helper()
+		last, since := made(), time.Now()
+		waitFor(t, what+": a limit that is reached", 60*time.Second, func() bool {
+			if n := made(); n != last {
+				last, since = n, time.Now()
+			}
+			return time.Since(since) > 2*time.Second
+		})
+		if recorded, _ := strconv.Atoi(c.sql(`SELECT count(*) FROM requests WHERE outcome <> 'refused' AND token =
+			(SELECT seq FROM tokens WHERE id = '` + id + `')`)); last > most || recorded > most || last < most/2 {
+			t.Errorf("%s: the provider got %d calls, %d are recorded, the limit is %d", what, last, recorded, most)
+		}
+	}
+	settled("set", 60)
+	set(fmt.Sprintf(limit, 400))
+	waitFor(t, "calls", 20*time.Second, func() bool { return made() >= 100 })
+	c.replicas[1].kill()
+	c.replicas[1].restart()
+	settled("raised, and a replica killed", 400)
+	before := made()
+	set(fmt.Sprintf(limit, 200))
+	settled("lowered", before)
+	set(fmt.Sprintf(limit, 900))
+	waitFor(t, "more calls", 20*time.Second, func() bool { return made() >= before+100 })
+	frozen := c.replicas[2]
+	if err := frozen.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the frozen replica to be closed", 30*time.Second, func() bool {
+		return c.sql(`SELECT count(*) FROM replicas WHERE closed_at IS NULL`) == "2"
+	})
+	set("") // of which the frozen one does not hear
+	waitFor(t, "calls without a limit", 20*time.Second, func() bool { return made() >= 1000 })
+	// The limit counts what was called before it was set. The other replica learns of it within a second, and what it
+	// admits until then counts in no limit.
+	before = made()
+	most := before + 4000
+	set(fmt.Sprintf(limit, most))
+	time.Sleep(time.Second)
+	uncounted := made() - before
+	if err := frozen.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	settled("removed and set again, and a replica frozen", most+uncounted)
+	end()
+	c.awaitAll()
+	var view struct {
+		Limits []struct{ Used float64 }
+	}
+	var recorded float64
+	waitFor(t, "a count that equals the rows", 20*time.Second, func() bool {
+		c.manage(0, "GET", "/manage/tokens/"+id, nil, &view)
+		recorded, _ = strconv.ParseFloat(c.sql(`SELECT count(*) FROM requests WHERE outcome <> 'refused' AND token =
+			(SELECT seq FROM tokens WHERE id = '`+id+`')`), 64)
+		return len(view.Limits) == 1 && view.Limits[0].Used <= recorded && view.Limits[0].Used >= recorded-float64(uncounted)
+	})
 }
 
 // testRevocation: a token that one replica revokes is refused by the others within a second, and its streams end.
