@@ -518,7 +518,8 @@ func TestClusterLeaderFrozen(t *testing.T) {
 	}
 }
 
-// TestClusterClocks: replicas whose clocks are minutes apart agree on the time of limits.
+// TestClusterClocks: replicas whose clocks are minutes apart agree on the time of limits. They are in one process:
+// the processes of one machine have one wall clock, which e2e/cluster cannot change.
 func TestClusterClocks(t *testing.T) {
 	requirePostgres(t)
 	a := newReplicas(t, 1, nil)[0]

@@ -66,6 +66,8 @@ func newTest(t testing.TB, env map[string]string) *testProxy {
 	}
 	if url := newTestDatabase(t); url != "" && env["DATABASE_URL"] == "" {
 		p.env["DATABASE_URL"] = url
+		// Tests share one server, which may be slow to answer while many of them run.
+		p.env["STALE_LIMIT"], p.env["REPLICA_TIMEOUT"] = "30s", "60s"
 	}
 	maps.Copy(p.env, env)
 	p.copyDatabase()
