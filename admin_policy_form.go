@@ -1,6 +1,6 @@
 // This file has the part of the forms of projects and tokens that is about their policy: the lists of what is allowed,
-// the rows of limits, and presets that fill in both for common uses. What a policy may say is decided by policy.go; a
-// field has the name that its errors have.
+// the rows of limits, and presets that fill in both for common uses. It also fills the forms of projects and tokens that
+// start like existing ones. What a policy may say is decided by policy.go; a field has the name that its errors have.
 package main
 
 import (
@@ -456,9 +456,7 @@ func (p *policyForm) applyPreset(name string, values url.Values) {
 		delete(values, "policy."+name)
 		delete(values, "policy."+name+".none")
 	}
-	for name, list := range p.storedValues(json.RawMessage(all[i].policy)) {
-		values[name] = list
-	}
+	maps.Copy(values, p.storedValues(json.RawMessage(all[i].policy)))
 	if values.Has("lifetime") {
 		values.Set("lifetime", all[i].lifetime)
 		values.Del("expires_at") // a date would override it

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"html"
+	"maps"
 	"net/url"
 	"regexp"
 	"strings"
@@ -100,9 +101,7 @@ func TestFormEdits(t *testing.T) {
 			{"preset", "batch-job", "", "100 dollars lifetime, 3000 requests minute, 64 concurrent ", ""},
 		} {
 			form, before := url.Values{}, p.managedDigest()
-			for name, values := range typed {
-				form[name] = values
-			}
+			maps.Copy(form, typed)
 			form.Set(c.button, c.value)
 			res := b.post(path, form)
 			again := parseForm(t, res.body)
