@@ -1,6 +1,6 @@
 // This file has the part of the forms of projects and tokens that is about their policy: the lists of what is allowed,
-// the rows of limits, and presets that fill in both for common uses. It also fills the forms of projects and tokens that
-// start like existing ones. What a policy may say is decided by policy.go; a field has the name that its errors have.
+// the rows of limits, and presets that fill in both for common uses. It also fills the forms of projects and tokens
+// that start like existing ones. What a policy may say is decided by policy.go; a field has the name of its errors.
 package main
 
 import (
