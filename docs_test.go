@@ -102,7 +102,7 @@ func TestDocsTroubleshooting(t *testing.T) {
 	doc := mustReadFile(t, "docs/troubleshooting.md")
 	listed := map[string]string{} // a code's statuses
 	codeName := regexp.MustCompile("`([a-z_]+)`")
-	for _, row := range regexp.MustCompile("(?m)^\\| ([0-9x, ]+) \\| ([^|]+) \\|").FindAllStringSubmatch(doc, -1) {
+	for _, row := range regexp.MustCompile(`(?m)^\| ([0-9x, ]+) \| ([^|]+) \|`).FindAllStringSubmatch(doc, -1) {
 		for _, code := range codeName.FindAllStringSubmatch(row[2], -1) {
 			if listed[code[1]] != "" {
 				t.Errorf("the code %s is there twice", code[1])

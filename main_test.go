@@ -21,6 +21,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -730,18 +731,19 @@ func TestOtherDatabase(t *testing.T) {
 	}
 }
 
-// TestMain lets a test run the program itself in another process. Most tests mostly wait, so
-// twice as many run in parallel as go test would allow.
+// TestMain lets a test run the program itself in another process. Most tests mostly wait, so three times as many run in
+// parallel as go test would allow. They leave more garbage than they keep, so it is collected less often.
 func TestMain(m *testing.M) {
 	if os.Getenv("LLM_PROXY_TEST_PROGRAM") == "" {
 		flag.Parse()
 		said := false
 		flag.Visit(func(f *flag.Flag) { said = said || f.Name == "test.parallel" || f.Name == "test.fuzz" })
 		if !said {
-			if err := flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0))); err != nil {
+			if err := flag.Set("test.parallel", strconv.Itoa(3*runtime.GOMAXPROCS(0))); err != nil {
 				panic(err)
 			}
 		}
+		debug.SetGCPercent(400)
 		os.Exit(m.Run())
 	}
 	if os.Getenv("LLM_PROXY_TEST_PROGRAM") != "with arguments" {
