@@ -411,12 +411,12 @@ func allOutcomes() []callOutcome {
 		outcomeUpstreamError, outcomeLost}
 }
 
-// A dashPeriod is the time that a dashboard covers: whole steps up to the one that has begun, and the period before.
+// A dashPeriod is the time that a dashboard covers: whole steps up to the current one, and the period before.
 type dashPeriod struct {
 	name, title      string
 	fromDay, toDay   string // of a range of days, as it was asked for
 	stepMS           int64  // milliseconds
-	from, to         int64  // to is at most the end of the step that has begun
+	from, to         int64  // to is at most the end of the current step
 	prevFrom, prevTo int64  // as much of the period before as has passed of this one
 	grain            string
 }
