@@ -20,6 +20,7 @@ const (
 	maxExactTokens     = 500     // tokens whose usage is added up exactly
 	maxSampledCalls    = 10_000  // latest calls that are read where there are more tokens
 	maxLiveScanned     = 5_000   // live projects, and live tokens, whose limits are checked
+	maxIdleSample      = 2000    // latest calls that show which tokens have the most
 	maxIdleScanned     = 20      // other projects, and other tokens, whose limits are checked
 	maxLastMinuteCalls = 100_000 // that are counted
 	maxExpiringTokens  = 1000    // that are read
@@ -538,13 +539,16 @@ func (q *dashQuery) includes(projectID string) bool {
 // few reads, so only those with the most calls are checked: of the last 30 days, whatever the dashboard shows.
 func (ui *adminUI) idleNearLimits(r *pageRequest, shown *dashQuery) (near []nearLimit, err error) {
 	q, d := *shown, &dashData{}
-	q.metric, q.groupBy = "calls", "model"
+	q.metric, q.groupBy, q.sampleSize = "calls", "model", min(q.sampleSize, maxIdleSample)
 	for _, p := range dashPeriods(q.now) {
 		if p.name == "30d" {
 			q.dashPeriod = p
 		}
 	}
-	if err := errors.Join(d.readProjects(r.ctx, ui.store, &q), d.readTokens(r.ctx, ui.store, &q)); err != nil {
+	err = inParallel(
+		func() error { return d.readProjects(r.ctx, ui.store, &q) },
+		func() error { return d.readTokens(r.ctx, ui.store, &q) })
+	if err != nil {
 		return nil, err
 	}
 	projects := d.projects[:min(len(d.projects), maxIdleScanned)]
