@@ -56,17 +56,25 @@ func testPostgresConfig(text string) *postgresConfig {
 		staleLimit: 5 * time.Second, replicaTimeout: 10 * time.Second}
 }
 
-// execTestServer runs statements outside of any test's database.
-func execTestServer(statements ...string) error {
-	u, err := url.Parse(os.Getenv(testDatabaseURL))
+// openTestDatabase connects to a database without opening a store.
+func openTestDatabase(address string) (*sql.DB, error) {
+	u, err := url.Parse(address)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	connector, err := newPostgresConnector(testPostgresConfig(u.String()), u, nil)
 	if err != nil {
+		return nil, err
+	}
+	return sql.OpenDB(connector), nil
+}
+
+// execTestServer runs statements outside of any test's database.
+func execTestServer(statements ...string) error {
+	db, err := openTestDatabase(os.Getenv(testDatabaseURL))
+	if err != nil {
 		return err
 	}
-	db := sql.OpenDB(connector)
 	defer db.Close()
 	for _, text := range statements {
 		if _, err := db.Exec(text); err != nil {
@@ -123,15 +131,10 @@ func newTestDatabase(t testing.TB) string {
 // emptyTestDatabase removes all rows from a database that no test uses any more. It returns an error if that cannot be
 // used again: its schema was changed.
 func emptyTestDatabase(name string) error {
-	u, err := url.Parse(testDatabaseName(name))
+	db, err := openTestDatabase(testDatabaseName(name))
 	if err != nil {
 		return err
 	}
-	connector, err := newPostgresConnector(testPostgresConfig(u.String()), u, nil)
-	if err != nil {
-		return err
-	}
-	db := sql.OpenDB(connector)
 	defer db.Close()
 	db.SetMaxOpenConns(1)
 	tx, err := db.Begin()
