@@ -490,7 +490,7 @@ func (ui *adminUI) newPlaygroundCall(r *pageRequest, in *playgroundInput) (*play
 	return c, err
 }
 
-// A playgroundAnswer is what came of a call. Streams are sent to the page's script as lines of JSON: the first has the
+// A playgroundAnswer is the result of a call. Streams are sent to the page's script as lines of JSON: the first has the
 // head of the answer, the last has Done, and those between have the text.
 type playgroundAnswer struct {
 	ID      string         `json:"id,omitempty"` // of the call; "": it did not begin
