@@ -19,18 +19,22 @@ export class Proxy {
 
   static async start() {
     const p = new Proxy();
-    p.dir = mkdtempSync(join(tmpdir(), 'llm-proxy-e2e-'));
-    p.provider = await Provider.start();
-    p.managementToken = randomBytes(32).toString('hex');
-    p.#secrets.push(p.managementToken, p.provider.openaiKey, p.provider.anthropicKey);
-    await p.#run();
-    const project = await p.manage('POST', '/manage/projects', { name: 'e2e', openai_api_key: p.provider.openaiKey });
-    p.project = project.id;
-    await p.manage('POST', `/manage/projects/${p.project}/upstreams`, {
-      name: 'claude', provider: 'anthropic', base_url: p.provider.url, api_key: p.provider.anthropicKey,
-    });
-    p.token = await p.newToken();
+    await p.start();
     return p;
+  }
+
+  async start() {
+    this.dir = mkdtempSync(join(tmpdir(), 'llm-proxy-e2e-'));
+    this.provider = await Provider.start();
+    this.managementToken = randomBytes(32).toString('hex');
+    this.#secrets.push(this.managementToken, this.provider.openaiKey, this.provider.anthropicKey);
+    await this.#run();
+    const project = await this.manage('POST', '/manage/projects', { name: 'e2e', openai_api_key: this.provider.openaiKey });
+    this.project = project.id;
+    await this.manage('POST', `/manage/projects/${this.project}/upstreams`, {
+      name: 'claude', provider: 'anthropic', base_url: this.provider.url, api_key: this.provider.anthropicKey,
+    });
+    this.token = await this.newToken();
   }
 
   async #run() {
@@ -67,6 +71,15 @@ export class Proxy {
     const { token } = await this.manage('POST', '/manage/tokens', { project_id: this.project, name: 'e2e', ...fields });
     this.#secrets.push(token);
     return token;
+  }
+
+  // call makes a chat call. members are added to its body.
+  call(token, members = {}, headers = {}) {
+    return fetch(`${this.url}/v1/chat/completions`, {
+      method: 'POST',
+      headers: { authorization: `Bearer ${token}`, 'content-type': 'application/json', ...headers },
+      body: JSON.stringify({ model: 'gpt-4o-mini', messages: [{ role: 'user', content: 'Hello' }], ...members }),
+    });
   }
 
   // settled waits until the last call is settled, and returns its row.
@@ -124,27 +137,31 @@ export function countingFetch() {
 export class Demo {
   static async start(env = {}) {
     const d = new Demo();
-    d.dir = mkdtempSync(join(tmpdir(), 'llm-proxy-demo-'));
-    d.process = spawn(binary(d.dir), ['demo'], { env: { LISTEN_ADDR: '127.0.0.1:0', TMPDIR: d.dir, PATH: process.env.PATH, ...env } });
-    let guide = '';
-    for (const stream of [d.process.stdout, d.process.stderr]) stream.on('data', (data) => { guide += data; });
-    const find = (pattern) => guide.match(pattern)?.[1];
-    while (!guide.includes('Ctrl-C ends the demo')) {
-      if (d.process.exitCode !== null) throw new Error(`the demo ended: ${guide}`);
-      await new Promise((resolve) => setTimeout(resolve, 20));
-    }
-    [d.url, d.token, d.key] = [find(/base URL +(\S+)\/v1/), find(/token +(sk-llmp_\w+)/), find(/management key +(llmpm_\w+)/)];
+    await d.start(env);
     return d;
   }
 
+  async start(env = {}) {
+    this.dir = mkdtempSync(join(tmpdir(), 'llm-proxy-demo-'));
+    this.process = spawn(binary(this.dir), ['demo'], { env: { LISTEN_ADDR: '127.0.0.1:0', TMPDIR: this.dir, PATH: process.env.PATH, ...env } });
+    let guide = '';
+    for (const stream of [this.process.stdout, this.process.stderr]) stream.on('data', (data) => { guide += data; });
+    const find = (pattern) => guide.match(pattern)?.[1];
+    while (!guide.includes('Ctrl-C ends the demo')) {
+      if (this.process.exitCode !== null) throw new Error(`the demo ended: ${guide}`);
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    }
+    [this.url, this.token, this.managementToken] = [find(/base URL +(\S+)\/v1/), find(/token +(sk-llmp_\w+)/), find(/management key +(llmpm_\w+)/)];
+  }
+
   async manage(path) {
-    return (await fetch(this.url + path, { headers: { authorization: `Bearer ${this.key}` } })).json();
+    return (await fetch(this.url + path, { headers: { authorization: `Bearer ${this.managementToken}` } })).json();
   }
 
   // calls waits until all calls since a time are settled, and returns them, newest first.
   async calls(since) {
     for (;;) {
-      const res = await fetch(`${this.url}/manage/requests?limit=50&from=${since}`, { headers: { authorization: `Bearer ${this.key}` } });
+      const res = await fetch(`${this.url}/manage/requests?limit=50&from=${since}`, { headers: { authorization: `Bearer ${this.managementToken}` } });
       const { data } = await res.json();
       if (data.every((row) => row.outcome !== 'open')) return data;
       await new Promise((resolve) => setTimeout(resolve, 5));

@@ -3,32 +3,14 @@
 // accessibility checker.
 import assert from 'node:assert/strict';
 import { readFileSync } from 'node:fs';
-import { after, before, describe, test } from 'node:test';
+import { test } from 'node:test';
 import { Proxy, within } from '../proxy.mjs';
-import { chromiumPath, launch, Visitor } from './browser.mjs';
+import { describePages } from './browser.mjs';
 
-const skip = chromiumPath ? false : 'chromium is not installed';
-
-describe('the pages', { skip }, () => {
-  let proxy, browser;
-  before(async () => {
-    proxy = await Proxy.start();
-    browser = await launch();
-  });
-  after(async () => {
-    await browser?.close();
-    await proxy?.stop();
-  });
-
-  const call = (token, body = {}) => fetch(`${proxy.url}/v1/chat/completions`, {
-    method: 'POST',
-    headers: { authorization: `Bearer ${token}`, 'content-type': 'application/json' },
-    body: JSON.stringify({ model: 'gpt-4o-mini', messages: [{ role: 'user', content: 'Hello' }], ...body }),
-  });
-
+describePages('the pages', new Proxy(), (proxy, visit) => {
   for (const javaScriptEnabled of [true, false]) {
     test(`from a project to a revoked token, scripts ${javaScriptEnabled ? 'on' : 'off'}`, async () => {
-      const visitor = await Visitor.start(browser, proxy.url, { javaScriptEnabled });
+      const visitor = await visit({ javaScriptEnabled });
       const { page } = visitor;
       const name = `Journey ${javaScriptEnabled ? 'with' : 'without'} scripts`;
       const go = (link) => page.getByRole('navigation', { name: 'Main' }).getByRole('link', { name: link, exact: true }).click();
@@ -74,7 +56,7 @@ describe('the pages', { skip }, () => {
       await page.getByRole('heading', { name: 'browser' }).waitFor();
       assert.ok(!(await page.content()).includes(token), 'it is shown once');
 
-      assert.equal((await call(token)).status, 200);
+      assert.equal((await proxy.call(token)).status, 200);
       await page.reload();
       await page.getByRole('cell', { name: 'POST /v1/chat/completions' }).waitFor();
       const pageOfToken = page.url();
@@ -103,7 +85,7 @@ describe('the pages', { skip }, () => {
       await page.getByRole('region', { name: 'Calls by project: numbers' }).getByRole('columnheader', { name }).waitFor();
 
       proxy.provider.script((c) => { c.sse(); c.event({ choices: [{ index: 0, delta: { content: 'Hel' } }] }); });
-      const stream = (await call(token, { stream: true })).body.getReader();
+      const stream = (await proxy.call(token, { stream: true })).body.getReader();
       await stream.read();
       await go('Running calls');
       await page.getByRole('cell', { name: 'browser' }).waitFor();
@@ -119,7 +101,7 @@ describe('the pages', { skip }, () => {
       await page.getByText('1 token revoked, effective immediately').waitFor();
       await page.reload();
       assert.equal(await page.locator('.notice').count(), 0, 'a notice is shown once');
-      assert.equal((await call(token)).status, 401);
+      assert.equal((await proxy.call(token)).status, 401);
 
       await go('Audit trail');
       await page.getByRole('cell', { name: 'token.revoke' }).first().waitFor();
@@ -131,13 +113,12 @@ describe('the pages', { skip }, () => {
       await page.goBack();
       await page.goto(pageOfToken);
       await page.getByRole('heading', { name: 'Sign in' }).waitFor();
-      assert.deepEqual(visitor.problems, []);
-      await visitor.context.close();
+      await visitor.end();
     });
   }
 
   test('the pages work with the keyboard alone', async () => {
-    const visitor = await Visitor.start(browser, proxy.url);
+    const visitor = await visit();
     const { page } = visitor;
     await page.goto(`${proxy.url}/admin/`);
     await page.keyboard.type(proxy.managementToken); // the field has the focus
@@ -163,16 +144,15 @@ describe('the pages', { skip }, () => {
     for (const name of ['name', 'provider', 'api_key', 'policy.models', 'policy.limits[0].max', 'policy.limits[0].shadow', 'remove_limit', 'add_limit', 'preset', 'Create project', 'Cancel']) {
       assert.ok(reached.has(name), `${name} is not reached: ${[...reached]}`);
     }
-    assert.deepEqual(visitor.problems, []);
-    await visitor.context.close();
+    await visitor.end();
   });
 
   for (const javaScriptEnabled of [true, false]) {
     test(`limits are added and removed in place, and presets fill in a form, scripts ${javaScriptEnabled ? 'on' : 'off'}`, async () => {
-      const visitor = await Visitor.start(browser, proxy.url, { javaScriptEnabled });
+      const visitor = await visit({ javaScriptEnabled });
       const { page } = visitor;
       const name = `Rows ${javaScriptEnabled ? 'with' : 'without'} scripts`;
-      await visitor.signIn(proxy.managementToken);
+      await visitor.signIn();
       await page.goto(`${proxy.url}/admin/projects/new`);
       const limit = (n) => page.getByRole('group', { name: `Limit ${n}`, exact: true });
       const add = page.getByRole('button', { name: 'Add a limit' });
@@ -221,22 +201,21 @@ describe('the pages', { skip }, () => {
       await limit(4).waitFor({ state: 'detached' });
       await page.getByRole('button', { name: 'Create token' }).click();
       const token = await page.locator('#secret').textContent();
-      assert.equal((await call(token)).status, 200);
+      assert.equal((await proxy.call(token)).status, 200);
       await page.getByRole('link', { name: /^Done, open/ }).click();
       await page.getByRole('cell', { name: '100 requests per day for each end user', exact: true }).waitFor();
-      assert.deepEqual(visitor.problems, []);
-      await visitor.context.close();
+      await visitor.end();
     });
   }
 
   for (const javaScriptEnabled of [true, false]) {
     test(`a key is tested when it is entered, and a project is made like another, scripts ${javaScriptEnabled ? 'on' : 'off'}`, async () => {
-      const visitor = await Visitor.start(browser, proxy.url, { javaScriptEnabled });
+      const visitor = await visit({ javaScriptEnabled });
       const { page } = visitor;
       const name = `Tested ${javaScriptEnabled ? 'with' : 'without'} scripts`;
       const models = (c) => c.reply(200, { object: 'list', data: [{ id: 'gpt-5' }, { id: 'gpt-5-mini' }] });
       const refused = (c) => c.fail(401, { message: `Incorrect API key provided: ${proxy.provider.openaiKey}`, code: 'invalid_api_key' });
-      await visitor.signIn(proxy.managementToken);
+      await visitor.signIn();
       await page.goto(`${proxy.url}/admin/projects/new`);
       await page.getByLabel('Name', { exact: true }).fill(name);
       await page.getByLabel('API key').fill(proxy.provider.openaiKey);
@@ -265,20 +244,19 @@ describe('the pages', { skip }, () => {
       await page.getByText('The provider refuses the key: 401 invalid_api_key. It was saved anyway.').waitFor();
       await page.getByRole('heading', { name: `${name}, twin` }).waitFor();
       await page.getByRole('cell', { name: 'primary', exact: true }).waitFor();
-      assert.deepEqual(visitor.problems, []);
-      await visitor.context.close();
+      await visitor.end();
     });
   }
 
   test('the response cache is turned on, seen and emptied', async () => {
-    const visitor = await Visitor.start(browser, proxy.url);
+    const visitor = await visit();
     const { page } = visitor;
     await page.goto(`${proxy.url}/admin/sign-in`);
-    await visitor.signIn(proxy.managementToken);
+    await visitor.signIn();
     const project = await proxy.manage('POST', '/manage/projects', { name: 'cached', openai_api_key: proxy.provider.openaiKey });
     const { token } = await proxy.manage('POST', '/manage/tokens', { project_id: project.id, name: 'repeats' });
     const ask = async () => {
-      const answer = await call(token, { temperature: 0 });
+      const answer = await proxy.call(token, { temperature: 0 });
       const body = await answer.text();
       await proxy.settled();
       return [answer.headers.get('cache-status'), body];
@@ -314,27 +292,26 @@ describe('the pages', { skip }, () => {
     await page.getByRole('heading', { name: 'Response cache' }).waitFor();
     assert.equal(await page.getByRole('link', { name: 'Empty cache' }).count(), 0);
     assert.match((await ask())[0], /fwd=miss/);
-    assert.deepEqual(visitor.problems, []);
-    await visitor.context.close();
+    await visitor.end();
   });
 
   test('tables fit, show that they scroll, and keep their actions in view', async () => {
-    const visitor = await Visitor.start(browser, proxy.url);
+    const visitor = await visit();
     const { page } = visitor;
     await page.goto(`${proxy.url}/admin/sign-in`);
-    await visitor.signIn(proxy.managementToken);
+    await visitor.signIn();
     await proxy.manage('POST', '/manage/keys', { name: 'somebody else', role: 'viewer' });
     await proxy.manage('POST', '/manage/prices', { match: 'a-model-with-a-long-name', input: 1, output: 2 });
     const { token } = await proxy.manage('POST', '/manage/tokens', { project_id: proxy.project, name: 'an integration with a long name' });
     proxy.provider.script((c) => { c.sse(); c.event({ choices: [{ index: 0, delta: { content: 'Hel' } }] }); });
-    const stream = (await call(token, { stream: true })).body.getReader();
+    const stream = (await proxy.call(token, { stream: true })).body.getReader();
     await stream.read();
     const seen = { scroll: 0, actions: 0 };
     for (const width of [1920, 1440, 1280, 1024, 375]) {
       await page.setViewportSize({ width, height: 850 });
       for (const path of ['/admin/streams', '/admin/requests', '/admin/tokens', '/admin/keys', '/admin/prices', '/admin/audit', `/admin/projects/${proxy.project}`]) {
         await page.goto(proxy.url + path);
-        await page.waitForTimeout(50); // for the animation that draws the shadow
+        await page.evaluate(() => new Promise((drawn) => { requestAnimationFrame(() => requestAnimationFrame(drawn)); })); // with the shadow, an animation
         const tables = await page.locator('.table').evaluateAll((all) => all.filter((t) => t.checkVisibility()).map((t) => {
           const box = t.getBoundingClientRect();
           const actions = [...t.querySelectorAll('.act a')].map((a) => a.getBoundingClientRect());
@@ -356,15 +333,14 @@ describe('the pages', { skip }, () => {
     }
     assert.ok(seen.actions > 15 && seen.scroll > 3, JSON.stringify(seen));
     await stream.cancel();
-    assert.deepEqual(visitor.problems, []);
-    await visitor.context.close();
+    await visitor.end();
   });
 
   for (const javaScriptEnabled of [true, false]) {
     test(`a webhook is made, tested, changed and deleted, scripts ${javaScriptEnabled ? 'on' : 'off'}`, async () => {
-      const visitor = await Visitor.start(browser, proxy.url, { javaScriptEnabled });
+      const visitor = await visit({ javaScriptEnabled });
       const { page } = visitor;
-      await visitor.signIn(proxy.managementToken);
+      await visitor.signIn();
       await page.getByRole('link', { name: 'Webhooks', exact: true }).click();
       await page.getByRole('link', { name: 'New webhook' }).or(page.getByRole('link', { name: 'Create a webhook' })).first().click();
       await page.getByLabel('Name', { exact: true }).fill('ops');
@@ -389,19 +365,18 @@ describe('the pages', { skip }, () => {
       await page.getByRole('link', { name: 'Delete' }).click();
       await page.getByRole('button', { name: 'Delete webhook' }).click();
       await page.getByText('Webhook deleted.').waitFor();
-      assert.deepEqual(visitor.problems, []);
-      await visitor.context.close();
+      await visitor.end();
     });
   }
 
   test('times are in the time zone of the browser, and pages refresh themselves as chosen', async () => {
-    const visitor = await Visitor.start(browser, proxy.url, { timezoneId: 'Asia/Tokyo' });
-    const plain = await Visitor.start(browser, proxy.url, { javaScriptEnabled: false });
-    await (await call(proxy.token)).text();
+    const visitor = await visit({ timezoneId: 'Asia/Tokyo' });
+    const plain = await visit({ javaScriptEnabled: false });
+    await (await proxy.call(proxy.token)).text();
     const { id, started_at: started } = await proxy.settled();
     for (const v of [visitor, plain]) {
       await v.page.goto(`${proxy.url}/admin/sign-in`);
-      await v.signIn(proxy.managementToken);
+      await v.signIn();
       await v.page.goto(`${proxy.url}/admin/requests/${id}`);
     }
     const utc = started.slice(0, 19).replace('T', ' ');
@@ -430,7 +405,7 @@ describe('the pages', { skip }, () => {
     await page.goto(`${proxy.url}/admin/requests`);
     await page.locator('table.calls').waitFor();
     const before = await page.locator('table.calls tbody tr').count();
-    await (await call(proxy.token)).text();
+    await (await proxy.call(proxy.token)).text();
     await proxy.settled();
     await page.clock.runFor(10_000);
     await page.waitForFunction((n) => document.querySelectorAll('table.calls tbody tr').length > n, before);
@@ -450,21 +425,20 @@ describe('the pages', { skip }, () => {
     await page.getByRole('button', { name: 'Apply', exact: true }).click();
     await page.waitForURL(/period=24h/);
     for (const v of [visitor, plain]) {
-      assert.deepEqual(v.problems, []);
-      await v.context.close();
+      await v.end();
     }
   });
 
   test('pointing at a chart shows the numbers of that time in all charts of the page', async () => {
-    const plain = await Visitor.start(browser, proxy.url, { javaScriptEnabled: false });
-    const visitor = await Visitor.start(browser, proxy.url, { hasTouch: true });
+    const plain = await visit({ javaScriptEnabled: false });
+    const visitor = await visit({ hasTouch: true });
     const { page } = visitor;
-    await (await call(proxy.token)).text();
+    await (await proxy.call(proxy.token)).text();
     await proxy.settled();
     const path = `${proxy.url}/admin/dashboard?period=24h&by=model`;
     for (const v of [plain, visitor]) {
       await v.page.goto(`${proxy.url}/admin/sign-in`);
-      await v.signIn(proxy.managementToken);
+      await v.signIn();
       await v.page.goto(path);
     }
     assert.match(await plain.page.locator('.chart .slot title').last().textContent(), /UTC\np50: /);
@@ -513,37 +487,26 @@ describe('the pages', { skip }, () => {
     await slots.last().tap();
     await page.waitForURL(/\/admin\/requests\?from=/);
     for (const v of [visitor, plain]) {
-      assert.deepEqual(v.problems, []);
-      await v.context.close();
+      await v.end();
     }
   });
 
   test('every page is sound at any width, in light and dark mode', async () => {
-    const visitor = await Visitor.start(browser, proxy.url);
+    const visitor = await visit();
     const { page } = visitor;
     await page.goto(`${proxy.url}/admin/sign-in`);
     const paths = ['/admin/sign-in'];
     const check = async (path) => {
-      for (const [width, height] of [[1280, 850], [375, 700]]) {
-        for (const colorScheme of ['light', 'dark']) {
-          await page.setViewportSize({ width, height });
-          await page.emulateMedia({ colorScheme });
-          const answer = await page.goto(proxy.url + path);
-          const what = `${path} ${width} ${colorScheme}`;
-          assert.equal(answer.status(), 200, what);
-          assert.deepEqual(await visitor.violations(), [], what);
-          assert.ok(await visitor.overflow() <= 0, `${what} is wider than the window`);
-          await visitor.picture(`${path.slice(7).replace(/\?.*/, '').replace(/(proj|tok|key|up|req)_\w+/g, '$1').replaceAll('/', '-')}-${width}-${colorScheme}`);
-        }
-      }
+      const name = path.slice(7).replace(/\?.*/, '').replace(/(proj|tok|key|up|req)_\w+/g, '$1').replaceAll('/', '-');
+      await visitor.look(name, async () => assert.equal((await page.goto(proxy.url + path)).status(), 200, path));
     };
     await check('/admin/sign-in');
-    await visitor.signIn(proxy.managementToken);
+    await visitor.signIn();
     const key = await proxy.manage('POST', '/manage/keys', { name: 'spare', role: 'viewer' });
     const cache = { ttl_seconds: 3600, when: 'always', endpoints: ['/v1/chat/*'] };
     await proxy.manage('PATCH', `/manage/projects/${proxy.project}`, { policy: { cache } });
     for (const status of ['fwd=miss', 'hit']) {
-      const answer = await call(proxy.token);
+      const answer = await proxy.call(proxy.token);
       assert.ok(answer.headers.get('cache-status').startsWith(`llm-proxy; ${status}`));
       await answer.text();
       await proxy.settled();
@@ -551,7 +514,7 @@ describe('the pages', { skip }, () => {
     const hit = await proxy.settled();
     await proxy.manage('PATCH', `/manage/projects/${proxy.project}`, { policy: { cache, limits: [{ count: 'tokens', max: 20, per: 'day' }, { count: 'dollars', max: 5, per: 'month', shadow: true }] } });
     const token = await proxy.manage('POST', '/manage/tokens', { project_id: proxy.project, name: 'a rather long name for a token of somebody', max_requests: 10 });
-    await (await call(token.token)).text();
+    await (await proxy.call(token.token)).text();
     const hook = await proxy.manage('POST', '/manage/webhooks', { name: 'ops', format: 'slack', url: 'http://127.0.0.1:1/hook', events: ['token.expiring'] });
     await proxy.manage('POST', `/manage/webhooks/${hook.id}/test`);
     const webhook = `/admin/webhooks/${hook.id}`;
@@ -562,7 +525,6 @@ describe('the pages', { skip }, () => {
       '/admin/dashboard?period=24h&measure=tokens&by=model', '/admin/dashboard?period=last-week', `/admin/dashboard?project=${proxy.project}`, `/admin/requests/${(await proxy.settled()).id}`, '/admin/requests?status=x', `/admin/requests/${hit.id}`, '/admin/requests?cache=hit',
       '/admin/webhooks/new', webhook, `${webhook}/edit`, `${webhook}/rotate`, `${webhook}/delete`, '/admin/audit/verify', '/admin/account');
     for (const path of paths.slice(1)) await check(path);
-    assert.deepEqual(visitor.problems, []);
-    await visitor.context.close();
+    await visitor.end();
   });
 });

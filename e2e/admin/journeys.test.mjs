@@ -2,11 +2,9 @@
 // fields that are typed. The table there must say the same.
 import assert from 'node:assert/strict';
 import { readFileSync } from 'node:fs';
-import { after, before, describe, test } from 'node:test';
+import { before, test } from 'node:test';
 import { Proxy } from '../proxy.mjs';
-import { chromiumPath, launch, Visitor } from './browser.mjs';
-
-const skip = chromiumPath ? false : 'chromium is not installed';
+import { describePages } from './browser.mjs';
 
 // table returns the rows of docs/pages.md's table of journeys: name -> "clicks, fields".
 function table() {
@@ -67,25 +65,14 @@ class Walk {
   }
 }
 
-describe('the journeys', { skip }, () => {
+describePages('the journeys', new Proxy(), (proxy, visit) => {
   const rows = table(), walked = new Set();
-  let proxy, browser, visitor;
+  let visitor;
   before(async () => {
-    proxy = await Proxy.start();
-    browser = await launch();
-    visitor = await Visitor.start(browser, proxy.url);
-    await visitor.signIn(proxy.managementToken);
-  });
-  after(async () => {
-    await browser?.close();
-    await proxy?.stop();
+    visitor = await visit();
+    await visitor.signIn();
   });
 
-  const call = (token, headers = {}, body = {}) => fetch(`${proxy.url}/v1/chat/completions`, {
-    method: 'POST',
-    headers: { authorization: `Bearer ${token}`, 'content-type': 'application/json', ...headers },
-    body: JSON.stringify({ model: 'gpt-4o-mini', messages: [{ role: 'user', content: 'Hello' }], ...body }),
-  });
   const newProject = (name, policy = {}) => proxy.manage('POST', '/manage/projects', { name, openai_api_key: proxy.provider.openaiKey, policy });
   const newToken = (project, name) => proxy.manage('POST', '/manage/tokens', { project_id: project.id, name });
   // settled waits until a call is on record.
@@ -115,7 +102,7 @@ describe('the journeys', { skip }, () => {
     await w.button('Create token');
     await w.button('Copy token');
     const token = await w.page.evaluate(() => navigator.clipboard.readText());
-    assert.equal((await settled(call(token))).outcome, 'ok');
+    assert.equal((await settled(proxy.call(token))).outcome, 'ok');
   });
 
   journey('create a project with a provider\'s key, and ask a model', async (w, start) => {
@@ -149,7 +136,7 @@ describe('the journeys', { skip }, () => {
   journey('find why a call was refused, by its request ID', async (w, start) => {
     const project = await newProject('strict', { models: ['gpt-4o'] });
     const { token } = await newToken(project, 'refused');
-    const { id } = await settled(call(token));
+    const { id } = await settled(proxy.call(token));
     await start();
     await w.to('Calls');
     await w.type('Search', id);
@@ -160,8 +147,8 @@ describe('the journeys', { skip }, () => {
   journey('find why calls fail, and raise the limit', async (w, start) => {
     const project = await newProject('small', { limits: [{ count: 'requests', max: 1, per: 'day' }] });
     const { token } = await newToken(project, 'limited');
-    await settled(call(token));
-    assert.equal((await settled(call(token))).outcome, 'refused');
+    await settled(proxy.call(token));
+    assert.equal((await settled(proxy.call(token))).outcome, 'refused');
     await start();
     await w.link(/^\d+ refused$/);
     await w.click(w.page.getByRole('row', { name: /small limited/ }).getByRole('link').first());
@@ -169,7 +156,7 @@ describe('the journeys', { skip }, () => {
     await w.type('Maximum', '100');
     await w.button('Save');
     await w.see('Changes saved');
-    assert.equal((await settled(call(token))).outcome, 'ok');
+    assert.equal((await settled(proxy.call(token))).outcome, 'ok');
   });
 
   journey('find what cost most last week', async (w, start) => {
@@ -184,7 +171,7 @@ describe('the journeys', { skip }, () => {
   journey('see the spend of each team', async (w, start) => {
     const project = await newProject('teams', { attribution: { tags: ['team'] } });
     const { token } = await newToken(project, 'shared');
-    await settled(call(token, { 'x-llm-proxy-tags': 'team=search' }));
+    await settled(proxy.call(token, {}, { 'x-llm-proxy-tags': 'team=search' }));
     await start();
     await w.page.getByRole('region', { name: 'Tag team' }).getByText('search').waitFor();
   });
@@ -198,7 +185,7 @@ describe('the journeys', { skip }, () => {
     await w.link('Revoke');
     await w.button('Revoke token');
     await w.see('1 token revoked, effective immediately');
-    assert.equal((await call(token)).status, 401);
+    assert.equal((await proxy.call(token)).status, 401);
   });
 
   journey('rotate a token', async (w, start) => {
@@ -210,12 +197,12 @@ describe('the journeys', { skip }, () => {
     await w.button('Rotate');
     await w.button('Copy token');
     const token = await w.page.evaluate(() => navigator.clipboard.readText());
-    assert.equal((await settled(call(token))).outcome, 'ok');
+    assert.equal((await settled(proxy.call(token))).outcome, 'ok');
   });
 
   journey('end a running call', async (w, start) => {
     proxy.provider.script((c) => { c.sse(); c.event({ choices: [{ index: 0, delta: { content: 'Hel' } }] }); });
-    const stream = (await call(proxy.token, {}, { stream: true })).body.getReader();
+    const stream = (await proxy.call(proxy.token, { stream: true })).body.getReader();
     await stream.read();
     await start();
     await w.to('Running calls');
@@ -289,7 +276,7 @@ describe('the journeys', { skip }, () => {
   });
 
   journey('find the calls of an end user', async (w, start) => {
-    await settled(call(proxy.token, { 'x-llm-proxy-end-user': 'alice@example.com' }));
+    await settled(proxy.call(proxy.token, {}, { 'x-llm-proxy-end-user': 'alice@example.com' }));
     await start();
     await w.to('Calls');
     await w.type('Search', 'alice');
@@ -306,7 +293,7 @@ describe('the journeys', { skip }, () => {
     await w.link('Deactivate');
     await w.button('Deactivate');
     await w.see('Project deactivated');
-    assert.equal((await call(token)).status, 403);
+    assert.equal((await proxy.call(token)).status, 403);
   });
 
   journey('verify the audit trail', async (w, start) => {

@@ -2,43 +2,25 @@
 // and fits the window at two widths, in light and dark mode, and a title of its own. With LLM_PROXY_PICTURES it saves a
 // picture of each.
 import assert from 'node:assert/strict';
-import { after, before, describe, test } from 'node:test';
+import { before, test } from 'node:test';
 import { Demo } from '../proxy.mjs';
-import { chromiumPath, launch, Visitor } from './browser.mjs';
+import { describePages } from './browser.mjs';
 
-const skip = chromiumPath ? false : 'chromium is not installed';
-
-describe('the look of the pages', { skip }, () => {
-  let demo, browser, visitor;
+describePages('the look of the pages', new Demo(), (demo, visit) => {
+  let visitor;
   const titles = new Map();
   before(async () => {
-    demo = await Demo.start();
-    browser = await launch();
-    visitor = await Visitor.start(browser, demo.url);
-    await visitor.signIn(demo.key);
-  });
-  after(async () => {
-    await browser?.close();
-    await demo?.stop();
+    visitor = await visit();
+    await visitor.signIn();
   });
 
   // look checks the page that is open, whichever request led to it. Lists have the same title with any filter.
   const look = async (name, title, of = name) => {
-    const { page } = visitor;
-    const shown = await page.title();
+    const shown = await visitor.page.title();
     assert.match(shown, title ?? /^[^·]+.* · llm-proxy$/, name);
     assert.ok(!titles.has(shown) || titles.get(shown) === of, `${name} and ${titles.get(shown)} have the title ${shown}`);
     titles.set(shown, of);
-    for (const [width, height] of [[1280, 800], [375, 760]]) {
-      for (const colorScheme of ['light', 'dark']) {
-        await page.setViewportSize({ width, height });
-        await page.emulateMedia({ colorScheme });
-        const what = `${name} ${width} ${colorScheme}`;
-        assert.deepEqual(await visitor.violations(), [], what);
-        assert.ok(await visitor.overflow() <= 0, `${what} is wider than the window`);
-        await visitor.picture(`demo-${name}-${width}-${colorScheme}`);
-      }
-    }
+    await visitor.look(`demo-${name}`);
   };
   const open = async (name, path, title) => {
     assert.equal((await visitor.page.goto(demo.url + path)).status(), 200, path);
@@ -47,7 +29,6 @@ describe('the look of the pages', { skip }, () => {
   // send fills in a form, with names of inputs, and sends it, even if the browser finds a mistake.
   const send = async (name, path, fields, status, title) => {
     const { page } = visitor;
-    await page.setViewportSize({ width: 1280, height: 800 });
     await page.goto(demo.url + path);
     for (const [field, value] of Object.entries(fields)) {
       const input = page.locator(`main [name="${field}"]`).first();
@@ -98,7 +79,6 @@ describe('the look of the pages', { skip }, () => {
     await send('webhook-mistakes', '/admin/webhooks/new', { name: '', url: 'ftp://x' }, 400);
     await send('webhook-once', '/admin/webhooks/new', { name: 'pictured', url: 'https://example.com/hook' }, 200);
     await page.goto(`${demo.url}/admin/tokens`);
-    await page.setViewportSize({ width: 1280, height: 800 });
     await page.locator('main [name=id]').first().check();
     await page.getByRole('button', { name: 'Revoke selected' }).click();
     await page.waitForLoadState();

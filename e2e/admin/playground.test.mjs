@@ -1,27 +1,15 @@
 // Tests of the playground in a real browser: an answer that is seen while it arrives, stopped, cut off and refused; a
 // conversation of several turns; and all of that without scripts.
 import assert from 'node:assert/strict';
-import { after, before, describe, test } from 'node:test';
+import { test } from 'node:test';
 import { Proxy, within } from '../proxy.mjs';
-import { chromiumPath, launch, Visitor } from './browser.mjs';
+import { describePages } from './browser.mjs';
 
-const skip = chromiumPath ? false : 'chromium is not installed';
-
-describe('the playground', { skip }, () => {
-  let proxy, browser;
-  before(async () => {
-    proxy = await Proxy.start();
-    browser = await launch();
-  });
-  after(async () => {
-    await browser?.close();
-    await proxy?.stop();
-  });
-
+describePages('the playground', new Proxy(), (proxy, visit) => {
   const delta = (content) => ({ id: 'c', object: 'chat.completion.chunk', created: 1, model: 'gpt-4o-mini', choices: [{ index: 0, delta: { content } }] });
   const open = async (options) => {
-    const visitor = await Visitor.start(browser, proxy.url, options);
-    await visitor.signIn(proxy.managementToken);
+    const visitor = await visit(options);
+    await visitor.signIn();
     await visitor.page.getByRole('link', { name: 'Playground', exact: true }).click();
     await visitor.page.getByLabel('Model', { exact: true }).fill('gpt-4o-mini');
     if (options?.javaScriptEnabled !== false) await visitor.page.locator('#models option').first().waitFor({ state: 'attached' }); // the field has asked for them
@@ -32,18 +20,6 @@ describe('the playground', { skip }, () => {
     await page.getByRole('button', { name: 'Send' }).click();
   };
   const turns = (page) => page.locator('#conversation .says').allTextContents();
-  const sound = async (visitor, name) => {
-    for (const width of [1280, 375]) {
-      for (const colorScheme of ['light', 'dark']) {
-        await visitor.page.setViewportSize({ width, height: 850 });
-        await visitor.page.emulateMedia({ colorScheme });
-        assert.deepEqual(await visitor.violations(), [], `${name} ${width} ${colorScheme}`);
-        assert.ok(await visitor.overflow() <= 0, `${name} is wider than the window at ${width}`);
-        await visitor.picture(`playground-${name}-${width}-${colorScheme}`);
-      }
-    }
-    await visitor.page.setViewportSize({ width: 1280, height: 850 });
-  };
 
   test('an answer is shown as it arrives, and with what it cost', async () => {
     const visitor = await open();
@@ -58,7 +34,7 @@ describe('the playground', { skip }, () => {
     await page.getByText('<b>Hel', { exact: true }).waitFor(); // as text, before the answer has ended
     assert.deepEqual(await turns(page), []);
     assert.equal(await page.getByLabel('Message').inputValue(), '');
-    await sound(visitor, 'answering');
+    await visitor.look('playground-answering');
     provider.event(delta('lo</b>'));
     provider.event({ ...delta(), choices: [], usage: { prompt_tokens: 9, completion_tokens: 3, total_tokens: 12 } });
     provider.event('[DONE]');
@@ -69,7 +45,7 @@ describe('the playground', { skip }, () => {
     for (const text of ['ok', 'primary', 'Time to the first text', /^\$0\.00000/]) await result.getByText(text, { exact: text === 'ok' }).first().waitFor();
     await page.getByText('Response headers').click();
     await page.getByText(/^X-Llm-Proxy-Request-Id: req_/m).waitFor();
-    await sound(visitor, 'answered');
+    await visitor.look('playground-answered');
 
     proxy.provider.script((c) => {
       assert.deepEqual(c.json.messages.map((m) => [m.role, m.content]), [['user', 'Hello'], ['assistant', '<b>Hello</b>'], ['user', 'And?']]);
@@ -81,12 +57,11 @@ describe('the playground', { skip }, () => {
     await page.getByRole('alert').getByText('The answer broke off.').waitFor();
     assert.equal((await turns(page)).length, 2, 'what broke off is not a part of the conversation');
     assert.equal(await page.getByLabel('Message').inputValue(), 'And?', 'and can be sent again');
-    await sound(visitor, 'broken');
+    await visitor.look('playground-broken');
     await page.getByRole('link', { name: 'See the call' }).click();
     await page.getByText('truncated').first().waitFor();
     await page.getByRole('link', { name: /^source=playground$/ }).waitFor();
-    assert.deepEqual(visitor.problems, []);
-    await visitor.context.close();
+    await visitor.end();
   });
 
   test('Stop ends the call, and keeps what came', async () => {
@@ -106,8 +81,7 @@ describe('the playground', { skip }, () => {
     await page.getByText('client disconnected').waitFor();
     assert.deepEqual(await turns(page), ['A story', 'Once upon']);
     assert.equal(await page.getByRole('button', { name: 'Stop' }).isVisible(), false);
-    assert.deepEqual(visitor.problems, []);
-    await visitor.context.close();
+    await visitor.end();
   });
 
   test('a refused call says why, and a session that has ended keeps the message', async () => {
@@ -133,8 +107,7 @@ describe('the playground', { skip }, () => {
     assert.equal(await page.getByLabel('Project').inputValue(), limited.id);
     await page.getByLabel('Model', { exact: true }).focus(); // the models are asked for
     await page.locator('#models option[value="gpt-4o-mini"]').waitFor({ state: 'attached' });
-    assert.deepEqual(visitor.problems, []);
-    await visitor.context.close();
+    await visitor.end();
   });
 
   test('all of it works without scripts', async () => {
@@ -157,7 +130,6 @@ describe('the playground', { skip }, () => {
     await page.getByRole('button', { name: 'List models' }).click();
     assert.ok(await page.locator('#models option').count() > 0);
     assert.equal((await turns(page)).length, 4, 'the conversation is still there');
-    assert.deepEqual(visitor.problems, []);
-    await visitor.context.close();
+    await visitor.end();
   });
 });

@@ -11,8 +11,8 @@ const docs = fileURLToPath(new URL('../../docs/', import.meta.url));
 const demo = await Demo.start();
 const browser = await launch();
 try {
-  const visitor = await Visitor.start(browser, demo.url, { viewport: { width: 1280, height: 860 } });
-  await visitor.signIn(demo.key);
+  const visitor = await Visitor.start(browser, demo, { viewport: { width: 1280, height: 860 } });
+  await visitor.signIn();
   const { data: [token] } = await demo.manage('/manage/tokens?name=website%20chat');
   for (const [name, path, colorScheme, width, height] of [
     ['dashboard', '/admin/dashboard?period=7d&measure=cost&by=model', 'light', 1280, 860], ['calls', '/admin/requests?outcome=ok', 'dark', 1280, 560],
