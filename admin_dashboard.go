@@ -41,8 +41,9 @@ type dashQuery struct {
 	groupBy        string // what the bars consist of: "project", "model", "service_tier" or an attribute
 	metric         string // "calls", "tokens" or "cost"
 	now            int64
-	maxExactTokens int // with more tokens, only the latest calls are added up by token
-	sampleSize     int // how many of them
+	maxExactTokens int  // with more tokens, only the latest calls are added up by token
+	sampleSize     int  // how many of them
+	allTokens      bool // all tokens of these calls are read, not only the largest
 }
 
 // valueOf returns the value of the query's metric.
@@ -120,12 +121,16 @@ type dashData struct {
 	projects           []usageShare // all that made calls, largest first
 	tokens             []usageShare // largest first
 	sampledCalls       int          // tokens has only this many of the latest calls; 0: all calls
+	sampledTokens      int64        // that made these calls; tokens has the largest of them
+	sampledTotals      usageTotals  // of these calls
 	endpoints          []usageShare
 	attributes         []attributeShares
 	lastMinuteCalls    int64
 	expiring           []expiringToken
 	unhealthyUpstreams []unhealthyUpstream
 	cacheByProject     []usageRow // empty if no cache served a call
+	// The projects and tokens with the most calls on recent days, whatever the period is.
+	busyProjects, busyTokens []usageShare
 }
 
 // readDashboard reads everything that a dashboard shows, in parallel.
@@ -153,8 +158,15 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 			if err = d.readTokens(ctx, s, q); err != nil {
 				return err
 			}
-			since := minIDAt(time.UnixMilli(q.now - 60_000))
-			d.lastMinuteCalls, err = s.countRequestsSince(ctx, q.projectSeq, since, maxLastMinuteCalls)
+			from, to := minIDAt(time.UnixMilli(q.now-60_000)), minIDAt(time.UnixMilli(q.now+1000))
+			d.lastMinuteCalls, err = s.countRequests(ctx, q.projectSeq, from, to, maxLastMinuteCalls)
+			return err
+		},
+		func() (err error) {
+			if q.projectSeq == 0 {
+				from, to := recentDaysOf(q.now)
+				d.busyProjects, err = s.busiestProjects(ctx, from, to, maxIdleScanned)
+			}
 			return err
 		},
 		func() (err error) {
@@ -205,7 +217,7 @@ func (d *dashData) readProjects(ctx context.Context, s *store, q *dashQuery) (er
 	if q.projectSeq != 0 {
 		return nil
 	}
-	d.projects, err = s.usageShares(ctx, q.usageQuery(usageQuery{hourly: !q.hasWholeDays(), byProject: true}))
+	d.projects, err = s.projectTotals(ctx, q.from, q.to, !q.hasWholeDays())
 	q.sortLargestFirst(d.projects)
 	if err != nil || q.groupBy != "project" {
 		return err
@@ -224,18 +236,43 @@ func (d *dashData) readProjects(ctx context.Context, s *store, q *dashQuery) (er
 	return nil
 }
 
-// readTokens reads the usage of each token: of all calls of the period or, with too many tokens
+// readTokens reads the usage of each token, in the period and on recent days: of all calls or, with too many tokens
 // to add up, of the latest calls.
-func (d *dashData) readTokens(ctx context.Context, s *store, q *dashQuery) (err error) {
-	byToken := usageQuery{hourly: !q.hasWholeDays(), byToken: true, limit: q.maxExactTokens}
-	d.tokens, err = s.usageShares(ctx, q.usageQuery(byToken))
-	if errors.Is(err, errTooManyRows) {
-		d.sampledCalls = q.sampleSize
-		from, to := minIDAt(time.UnixMilli(q.from)), minIDAt(time.UnixMilli(q.to))
-		d.tokens, err = s.latestSharesByToken(ctx, q.projectSeq, from, to, q.sampleSize)
+func (d *dashData) readTokens(ctx context.Context, s *store, q *dashQuery) error {
+	byToken := q.usageQuery(usageQuery{hourly: !q.hasWholeDays(), byToken: true, limit: q.maxExactTokens})
+	from, to := recentDaysOf(q.now)
+	recent := byToken
+	recent.from, recent.to, recent.hourly = from, to, false
+	tokens, err := s.usageShares(ctx, byToken)
+	if err == nil {
+		d.tokens = tokens
+		q.sortLargestFirst(d.tokens)
+		d.busyTokens, err = s.usageShares(ctx, recent)
+	}
+	if !errors.Is(err, errTooManyRows) {
+		slices.SortFunc(d.busyTokens, func(a, b usageShare) int { return cmp.Compare(b.calls, a.calls) })
+		return err
+	}
+	sample := latestCalls{project: q.projectSeq, from: minIDAt(time.UnixMilli(q.from)),
+		to: minIDAt(time.UnixMilli(q.to)), sampleSize: q.sampleSize, orderBy: q.metric, limit: rankingSize}
+	if q.allTokens {
+		sample.limit = q.sampleSize
+	}
+	d.sampledCalls = q.sampleSize
+	if d.tokens, d.sampledTotals, d.sampledTokens, err = s.latestSharesByToken(ctx, sample); err != nil {
+		return err
 	}
 	q.sortLargestFirst(d.tokens)
+	sample.from, sample.to = minIDAt(time.UnixMilli(from)), minIDAt(time.UnixMilli(to))
+	sample.sampleSize, sample.orderBy, sample.limit = min(q.sampleSize, maxIdleSample), "calls", maxIdleScanned
+	d.busyTokens, _, _, err = s.latestSharesByToken(ctx, sample)
 	return err
+}
+
+// recentDaysOf returns the range of the days on which limits that are not live are looked for.
+func recentDaysOf(now int64) (from, to int64) {
+	from = recentFrom(now)
+	return from, from + recentDays*dayMS
 }
 
 // A dashView is the data of templates/dashboard.html.
@@ -414,13 +451,12 @@ func (d *dashData) rankings(q *dashQuery) (tables []rankingTable) {
 	}
 	ofTokens := whole
 	if d.sampledCalls > 0 {
-		ofTokens = 0
-		for _, t := range d.tokens {
-			ofTokens += q.valueOf(t.usageTotals)
-		}
+		ofTokens = q.valueOf(d.sampledTotals)
 	}
 	tokens := d.ranking(q, "Tokens", d.tokens, ofTokens)
-	tokens.Sampled = int64(d.sampledCalls)
+	if d.sampledCalls > 0 {
+		tokens.Sampled, tokens.More = int64(d.sampledCalls), max(0, d.sampledTokens-rankingSize)
+	}
 	tables = append(tables, tokens, d.ranking(q, "Models", d.usageByModel(q), whole),
 		d.ranking(q, "Endpoints", d.endpoints, whole))
 	return append(tables, d.attributeRankings(q, whole)...)
@@ -511,7 +547,7 @@ func (ui *adminUI) dashAlerts(r *pageRequest, q *dashQuery, d *dashData) ([]dash
 				ProjectID: u.projectID, Upstream: u.upstream, Reason: u.reason, At: timestamp(u.since)})
 		}
 	}
-	near, err := ui.idleNearLimits(r, q)
+	near, err := ui.idleNearLimits(r, q, d)
 	if err != nil {
 		return nil, err
 	}
@@ -536,22 +572,9 @@ func (q *dashQuery) includes(projectID string) bool {
 }
 
 // idleNearLimits returns the nearly spent limits of projects and tokens that are not live. Each takes a
-// few reads, so only those with the most calls are checked: of the last 30 days, whatever the dashboard shows.
-func (ui *adminUI) idleNearLimits(r *pageRequest, shown *dashQuery) (near []nearLimit, err error) {
-	q, d := *shown, &dashData{}
-	q.metric, q.groupBy, q.sampleSize = "calls", "model", min(q.sampleSize, maxIdleSample)
-	for _, p := range dashPeriods(q.now) {
-		if p.name == "30d" {
-			q.dashPeriod = p
-		}
-	}
-	err = inParallel(
-		func() error { return d.readProjects(r.ctx, ui.store, &q) },
-		func() error { return d.readTokens(r.ctx, ui.store, &q) })
-	if err != nil {
-		return nil, err
-	}
-	projects := d.projects[:min(len(d.projects), maxIdleScanned)]
+// few reads, so only those with the most calls on recent days are checked.
+func (ui *adminUI) idleNearLimits(r *pageRequest, q *dashQuery, d *dashData) (near []nearLimit, err error) {
+	projects := d.busyProjects
 	if q.projectSeq != 0 {
 		projects = []usageShare{{seq: q.projectSeq, id: q.projectID}}
 	}
@@ -573,7 +596,7 @@ func (ui *adminUI) idleNearLimits(r *pageRequest, shown *dashQuery) (near []near
 		owner := nearLimit{project: p.name, projectID: p.id}
 		near = append(near, filterNearLimits(counters, q.now, nearLimitFraction, owner)...)
 	}
-	for _, v := range d.tokens[:min(len(d.tokens), maxIdleScanned)] {
+	for _, v := range d.busyTokens[:min(len(d.busyTokens), maxIdleScanned)] {
 		if ui.registry.liveToken(v.id) != nil {
 			continue
 		}

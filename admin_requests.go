@@ -561,6 +561,7 @@ func (ui *adminUI) exportDashboard(r *pageRequest) (*pageResponse, error) {
 	if err != nil {
 		return nil, err
 	}
+	q.allTokens = true
 	d, err := ui.store.readDashboard(r.ctx, q)
 	if err != nil {
 		return nil, err

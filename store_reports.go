@@ -338,32 +338,87 @@ func (s *store) usageShares(ctx context.Context, q usageQuery) ([]usageShare, er
 	return out, err
 }
 
-// latestSharesByToken returns what each token has of the latest limit calls of a project (0: of all) with
-// from <= id < to.
-func (s *store) latestSharesByToken(ctx context.Context, project, from, to int64, limit int) ([]usageShare, error) {
-	const head = `
-		SELECT 0, t.id, t.name, p.name, c.calls, c.tokens, c.cost FROM (
-			SELECT token, count(*) AS calls, sum(input_tokens + output_tokens) AS tokens,
-				coalesce(sum(min(cost, 9223372036854775807 / ?4)), 0) AS cost -- limited, so that their sum is one
-			FROM (
-				SELECT token, input_tokens, output_tokens, cost FROM requests `
-	const tail = ` ORDER BY id DESC LIMIT ?4) latest GROUP BY token) c
-		JOIN tokens t ON t.seq = c.token JOIN projects p ON p.seq = t.project`
-	query := head + `WHERE CAST(?1 AS BIGINT) = 0 AND id >= ?2 AND id < ?3` + tail
-	if project != 0 {
-		query = head + `WHERE project = ?1 AND id >= ?2 AND id < ?3` + tail
+// projectTotals returns what each project has used of days or, with hourly, of hours that begin in from <= at < to, in
+// no order; deleted projects are included, those without calls are not. One statement reads all projects, a range of
+// the key each.
+func (s *store) projectTotals(ctx context.Context, from, to int64, hourly bool) ([]usageShare, error) {
+	const head = `SELECT p.seq, p.id, p.name, CASE WHEN p.deleted_at IS NULL THEN '' ELSE 'deleted' END,
+			sum(u.calls), sum(u.input_tokens), sum(u.output_tokens), sum(u.cost) FROM projects p CROSS JOIN `
+	query := head + `usage_sums u
+		WHERE u.grain = 'token' AND u.project = p.seq AND u.token = 0 AND u.at >= ?1 AND u.at < ?2 GROUP BY p.seq`
+	if hourly {
+		query = head + `project_hours u WHERE u.project = p.seq AND u.at >= ?1 AND u.at < ?2 GROUP BY p.seq`
 	}
-	return collect(ctx, s.readDB, "adding up the latest calls", (*usageShare).columns, query, project, from, to, limit)
+	type total struct {
+		usageShare
+		input, output int64
+	}
+	rows, err := collect(ctx, s.readDB, "adding up projects", func(t *total) []any {
+		return []any{&t.seq, &t.id, &t.name, &t.label, &t.calls, &t.input, &t.output, &t.cost}
+	}, query, from, to)
+	if isSumOverflow(err) { // usage adds up without overflow
+		return s.usageShares(ctx, usageQuery{from: from, to: to, hourly: hourly, byProject: true, limit: math.MaxInt32})
+	}
+	shares := make([]usageShare, len(rows))
+	for i := range rows {
+		shares[i] = rows[i].usageShare
+		shares[i].tokens = addSat(rows[i].input, rows[i].output)
+	}
+	return shares, err
 }
 
-// countRequestsSince counts the calls of a project (0: of all) with from <= id, up to limit.
-func (s *store) countRequestsSince(ctx context.Context, project, from int64, limit int) (int64, error) {
-	const head = `SELECT count(*) FROM (SELECT 1 FROM requests `
-	query := head + `WHERE CAST(?1 AS BIGINT) = 0 AND id >= ?2 LIMIT ?3) counted`
-	if project != 0 {
-		query = head + `WHERE project = ?1 AND id >= ?2 LIMIT ?3) counted`
+// busiestProjects returns up to limit projects that are not deleted and had the most calls on days that begin in
+// from <= at < to, those first.
+func (s *store) busiestProjects(ctx context.Context, from, to int64, limit int) ([]usageShare, error) {
+	return collect(ctx, s.readDB, "finding the busiest projects", (*usageShare).columns, `
+		SELECT p.seq, p.id, p.name, '', sum(min(u.calls, ?4)) AS calls, 0, 0 FROM projects p CROSS JOIN usage_sums u
+		WHERE u.grain = 'token' AND u.project = p.seq AND u.token = 0 AND u.at >= ?1 AND u.at < ?2
+			AND p.deleted_at IS NULL GROUP BY p.seq ORDER BY 5 DESC, p.seq LIMIT ?3`,
+		from, to, limit, int64(math.MaxInt64/maxRangeDays))
+}
+
+// A latestCalls selects the latest calls of a project (0: of all) with from <= id < to.
+type latestCalls struct {
+	project, from, to int64
+	sampleSize        int    // how many calls
+	orderBy           string // calls, tokens or cost
+	limit             int    // of the tokens that are returned
+}
+
+// latestSharesByToken returns what each of the tokens with the most has of the latest calls, and what all tokens have
+// and how many they are.
+func (s *store) latestSharesByToken(ctx context.Context, q latestCalls) (top []usageShare, all usageTotals,
+	tokens int64, err error) {
+	const head = `
+		WITH used AS (
+			SELECT token, count(*) AS calls, sum(min(input_tokens, ?7) + min(output_tokens, ?7)) AS tokens,
+				coalesce(sum(min(cost, ?7)), 0) AS cost -- limited, so that their sum is one
+			FROM (SELECT token, input_tokens, output_tokens, cost FROM requests `
+	const tail = ` ORDER BY id DESC LIMIT ?4) latest GROUP BY token)
+		SELECT 0, t.id, t.name, p.name, top.calls, top.tokens, top.cost, a.n, a.calls, a.tokens, a.cost
+		FROM (SELECT count(*) AS n, sum(calls) AS calls, sum(tokens) AS tokens, sum(cost) AS cost FROM used) a
+		CROSS JOIN (SELECT token, calls, tokens, cost FROM used
+			ORDER BY CASE ?5 WHEN 'calls' THEN calls WHEN 'tokens' THEN tokens ELSE cost END DESC, calls DESC, token
+			LIMIT ?6) top
+		JOIN tokens t ON t.seq = top.token JOIN projects p ON p.seq = t.project`
+	query := head + `WHERE CAST(?1 AS BIGINT) = 0 AND id >= ?2 AND id < ?3` + tail
+	if q.project != 0 {
+		query = head + `WHERE project = ?1 AND id >= ?2 AND id < ?3` + tail
 	}
-	return queryValue[int64](ctx, s.readDB, "counting calls", query, project, from, limit)
+	top, err = collect(ctx, s.readDB, "adding up the latest calls", func(v *usageShare) []any {
+		return append(v.columns(), &tokens, &all.calls, &all.tokens, &all.cost)
+	}, query, q.project, q.from, q.to, q.sampleSize, q.orderBy, q.limit, int64(math.MaxInt64)/int64(q.sampleSize)/2)
+	return top, all, tokens, err
+}
+
+// countRequests counts the calls of a project (0: of all) with from <= id < to, up to limit.
+func (s *store) countRequests(ctx context.Context, project, from, to int64, limit int) (int64, error) {
+	const head = `SELECT count(*) FROM (SELECT 1 FROM requests `
+	query := head + `WHERE CAST(?1 AS BIGINT) = 0 AND id >= ?2 AND id < ?3 LIMIT ?4) counted`
+	if project != 0 {
+		query = head + `WHERE project = ?1 AND id >= ?2 AND id < ?3 LIMIT ?4) counted`
+	}
+	return queryValue[int64](ctx, s.readDB, "counting calls", query, project, from, to, limit)
 }
 
 // maxSessionCalls is how many calls of a session, the latest, its totals add up.
