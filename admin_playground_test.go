@@ -217,7 +217,7 @@ func TestPlaygroundStream(t *testing.T) {
 		_ = c.chunk(events[0] + events[1])
 		switch {
 		case strings.Contains(r.body, "leave"):
-			left <- c.waitClosed(10 * time.Second)
+			left <- c.waitClosed(hangTimeout)
 			return false
 		case strings.Contains(r.body, "cut"):
 			return c.reset()

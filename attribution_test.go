@@ -340,7 +340,7 @@ func TestAttributionFilters(t *testing.T) {
 	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		c.beginSSE()
 		_ = c.chunk(": wait\n\n")
-		return c.waitClosed(time.Minute) && false
+		return c.waitClosed(hangTimeout) && false
 	})
 	stream := p.stream(p.token, `"user":"alice","prompt_cache_key":"s1"`)
 	defer stream.body.Close()

@@ -790,7 +790,7 @@ func TestCacheFlightFails(t *testing.T) {
 			p.manage("GET", "/manage/streams", "", 200, &list)
 			slices.SortFunc(list.Data, func(a, b struct{ ID string }) int { return strings.Compare(a.ID, b.ID) })
 			p.manage("DELETE", "/manage/streams/"+list.Data[0].ID, "", 200, nil)
-			return pc.waitClosed(5*time.Second) && false
+			return pc.waitClosed(hangTimeout) && false
 		}},
 	} {
 		p := newTest(t, nil)
@@ -826,7 +826,7 @@ func TestCacheFlightFails(t *testing.T) {
 	p.enableCache()
 	ended := make(chan bool, 1)
 	p.provider.setScript(func(pc *providerConn, r recordedRequest) bool {
-		ended <- pc.waitClosed(10 * time.Second)
+		ended <- pc.waitClosed(hangTimeout)
 		return false
 	})
 	ctx, leave := context.WithCancel(context.Background())

@@ -335,7 +335,7 @@ func TestHTTP2(t *testing.T) {
 		if res := p.manageAs(p.adminKey, "DELETE", "/manage/tokens/"+p.tokenID, ""); res.status != 200 {
 			t.Errorf("revoking: got %d", res.status)
 		}
-		return !c.waitClosed(10 * time.Second)
+		return !c.waitClosed(hangTimeout)
 	})
 	if res := p.chat(`"stream":true`); res.status != 200 || res.err == nil {
 		t.Errorf("a revoked token's stream: got %d %v %s", res.status, res.err, res.body)

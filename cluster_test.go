@@ -23,10 +23,10 @@ const everywhere = time.Second
 // waitEverywhere waits until ok holds at each of the replicas, for at most as long as a change may take.
 func waitEverywhere(t *testing.T, what string, replicas []*testProxy, ok func(p *testProxy) bool) {
 	t.Helper()
-	began := time.Now()
+	elapsed := stopwatch(t)
 	for i, p := range replicas {
 		waitFor(t, what, func() bool { return ok(p) })
-		if took := time.Since(began); took > everywhere {
+		if took := elapsed(); took > everywhere {
 			t.Errorf("%s: replica %d after %s", what, i+1, took)
 		}
 	}
@@ -61,9 +61,9 @@ func TestClusterStarts(t *testing.T) {
 	if err := all[0].stop(); err != nil { // it leads
 		t.Fatal(err)
 	}
-	began := time.Now()
+	elapsed := stopwatch(t)
 	waitFor(t, "another leader", func() bool { return countLeaders(all[1:]) == 1 })
-	if took := time.Since(began); took > 5*time.Second {
+	if took := elapsed(); took > 5*time.Second {
 		t.Errorf("the leader was replaced after %s", took)
 	}
 }
@@ -212,7 +212,7 @@ func TestClusterRevokesStreams(t *testing.T) {
 	all[0].provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		c.beginSSE()
 		_ = c.chunk(chatEvents(false)[0])
-		return !c.waitClosed(20 * time.Second)
+		return !c.waitClosed(hangTimeout)
 	})
 	var streams []*clientStream
 	for _, p := range all {
@@ -224,12 +224,12 @@ func TestClusterRevokesStreams(t *testing.T) {
 		}
 	}
 	all[0].manage("DELETE", "/manage/tokens/"+all[0].tokenID, "", 200, nil)
-	began := time.Now()
+	elapsed := stopwatch(t)
 	for i, s := range streams {
 		if _, err := s.readAll(); err == nil {
 			t.Error("a stream ended as if it were complete")
 		}
-		if took := time.Since(began); took > everywhere {
+		if took := elapsed(); took > everywhere {
 			t.Errorf("the stream of replica %d ended after %s", i, took)
 		}
 	}
@@ -446,7 +446,7 @@ func TestClusterFenced(t *testing.T) {
 	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		c.beginSSE()
 		_ = c.chunk(chatEvents(false)[0])
-		return !c.waitClosed(20*time.Second) && false
+		return !c.waitClosed(hangTimeout) && false
 	})
 	stream := p.stream(p.token)
 	if _, err := stream.read(20); err != nil {
@@ -624,7 +624,7 @@ func TestClusterStreams(t *testing.T) {
 	a.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		c.beginSSE()
 		_ = c.chunk(chatEvents(false)[0])
-		return !c.waitClosed(20*time.Second) && false
+		return !c.waitClosed(hangTimeout) && false
 	})
 	stream := b.stream(b.token, `"user":"erase-me"`)
 	if _, err := stream.read(20); err != nil {
@@ -645,9 +645,9 @@ func TestClusterStreams(t *testing.T) {
 		t.Errorf("%+v", after)
 	}
 	a.manage("DELETE", "/manage/streams/"+list.Data[0].ID, "", 200, nil)
-	began := time.Now()
-	if _, err := stream.readAll(); err == nil || time.Since(began) > everywhere {
-		t.Errorf("%v after %s", err, time.Since(began))
+	elapsed := stopwatch(t)
+	if _, err := stream.readAll(); err == nil || elapsed() > everywhere {
+		t.Errorf("%v after %s", err, elapsed())
 	}
 	if call := a.lastCallOf(b); call.ErrorCode != "cut_by_administrator" || call.EndUser != "" {
 		t.Errorf("%+v", call)

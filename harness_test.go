@@ -25,6 +25,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -414,12 +415,8 @@ func (p *testProxy) ledger() []requestEntry {
 // waitSettled waits until no call is running and the ledger is written.
 func (p *testProxy) waitSettled() {
 	p.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); p.instance.running.oldestID() != 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			p.t.Fatal("calls are still running")
-		}
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	waitFor(p.t, "calls to end", func() bool { return p.instance.running.oldestID() == 0 })
+	ctx, cancel := context.WithTimeout(context.Background(), hangTimeout)
 	defer cancel()
 	if err := p.instance.ledger.flush(ctx); err != nil {
 		p.t.Fatal(err)
@@ -436,8 +433,7 @@ func (p *testProxy) lastCall() requestEntry {
 	return rows[len(rows)-1]
 }
 
-// sendRaw sends bytes unchanged over TCP, and returns what arrives until the server closes the connection or a second has
-// passed.
+// sendRaw sends bytes unchanged over TCP, and returns what arrives until the server closes the connection.
 func (p *testProxy) sendRaw(request string) string {
 	p.t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
@@ -448,8 +444,11 @@ func (p *testProxy) sendRaw(request string) string {
 	if _, err := io.WriteString(conn, request); err != nil {
 		return ""
 	}
-	_ = conn.SetReadDeadline(time.Now().Add(time.Second))
-	b, _ := io.ReadAll(conn)
+	_ = conn.SetReadDeadline(time.Now().Add(hangTimeout))
+	b, err := io.ReadAll(conn)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		p.t.Errorf("the connection stays open after %q", b)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.clientOutput.Write(b)
@@ -462,14 +461,44 @@ func (p *testProxy) rawChatRequest(lines, body string) string {
 		"\r\nContent-Type: application/json\r\n" + lines + "Content-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n" + body
 }
 
-// waitFor polls until ok returns true. After 10 s it fails the test and reports what it waited for.
+// hangTimeout is how long a test waits for what must happen, however busy the machine is.
+const hangTimeout = time.Minute
+
+// waitFor polls until ok returns true. After hangTimeout it fails the test and reports what it waited for.
 func waitFor(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
+	deadline, pause := time.Now().Add(hangTimeout), 100*time.Microsecond
+	for !ok() {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited too long for %s", what)
 		}
+		time.Sleep(pause)
+		pause = min(2*pause, 5*time.Millisecond)
 	}
+}
+
+// stopwatch starts to measure how long something takes, for a test of a promise such as "within 1 s". It stands still while
+// a busy machine keeps this process waiting: it counts steps of a few milliseconds, however late they are.
+func stopwatch(t testing.TB) (elapsed func() time.Duration) {
+	t.Helper()
+	const step = 5 * time.Millisecond
+	var steps atomic.Int64
+	var counting sync.WaitGroup
+	begin, stop := time.Now(), make(chan struct{})
+	counting.Go(func() {
+		ticker := time.NewTicker(step) // it drops the ticks that nobody was there to take
+		defer ticker.Stop()
+		for {
+			select {
+			case <-ticker.C:
+				steps.Add(1)
+			case <-stop:
+				return
+			}
+		}
+	})
+	t.Cleanup(func() { close(stop); counting.Wait() })
+	return func() time.Duration { return min(time.Since(begin), time.Duration(steps.Load()+1)*step) }
 }
 
 // A recordedRequest is a request that the provider received.

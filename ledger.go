@@ -381,7 +381,8 @@ func (l *ledger) markCommitted(work ledgerWork) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.writing = nil
-	if !work.drained || l.failing.Load() {
+	empty := work.pending == nil && len(work.settledEntries)+len(work.sumOnlyRows) == 0
+	if !work.drained || l.failing.Load() && !empty {
 		return
 	}
 	l.committedCount, l.flushing = work.queuedCount, false
@@ -409,7 +410,10 @@ func (l *ledger) write(pending *pendingBatch, settled []*ledgerEntry, sums []*re
 		}
 	}
 	if err == nil {
-		l.markRecovered()
+		// A database that takes the rows of calls that have ended may still refuse the records of those that begin.
+		if pending != nil || !l.failing.Load() || l.writer.probe(context.Background()) == nil {
+			l.markRecovered()
+		}
 		return
 	}
 	l.markFailing(err)

@@ -36,7 +36,7 @@ import (
 func endlessScript(c *providerConn, _ recordedRequest) bool {
 	c.beginSSE()
 	_ = c.chunk(chatEvents(true)[1])
-	c.waitClosed(20 * time.Second)
+	c.waitClosed(hangTimeout)
 	return false
 }
 
@@ -158,11 +158,13 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// TestDrainAnswers: for DRAIN_DELAY after SIGTERM, clients that keep sending on open and on new connections get
-// 503 and Connection: close, never a closed connection; a call that ends meanwhile tells its client to close too.
+// TestDrainAnswers: during the drain, and for DRAIN_DELAY after SIGTERM, clients that keep sending on open and on new
+// connections get 503 and Connection: close, never a closed connection; a call that ends meanwhile tells its client to
+// close too.
 func TestDrainAnswers(t *testing.T) {
 	t.Parallel()
-	p := newTest(t, map[string]string{"DRAIN_DELAY": "2s", "LOG_LEVEL": "error"})
+	const delay = 300 * time.Millisecond
+	p := newTest(t, map[string]string{"DRAIN_DELAY": delay.String(), "LOG_LEVEL": "error"})
 	proceed := make(chan struct{})
 	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 		if strings.Contains(r.body, `"seed":1`) {
@@ -175,7 +177,8 @@ func TestDrainAnswers(t *testing.T) {
 	waitFor(t, "the call to reach the provider", func() bool { return len(p.provider.received()) == 1 })
 	var clients sync.WaitGroup
 	var refused, ready atomic.Int64
-	stop, begin := make(chan struct{}), time.Now()
+	var end atomic.Pointer[time.Time] // when the listener may close
+	stop := make(chan struct{})
 	for range 8 {
 		clients.Go(func() {
 			transport := &http.Transport{}
@@ -191,7 +194,9 @@ func TestDrainAnswers(t *testing.T) {
 					req.Header.Set("Authorization", "Bearer "+p.token)
 					res, err := transport.RoundTrip(req)
 					if err != nil {
-						t.Errorf("%s: no answer: %v", path, err)
+						if at := end.Load(); at == nil || time.Now().Before(*at) {
+							t.Errorf("%s: no answer: %v", path, err)
+						}
 						return
 					}
 					_, _ = io.Copy(io.Discard, res.Body)
@@ -202,15 +207,14 @@ func TestDrainAnswers(t *testing.T) {
 						if path == "/readyz" {
 							ready.Add(1)
 						}
-					case res.StatusCode != 200 || p.instance.running.isDraining() && res.Close:
+					case res.StatusCode != 200 || res.Close && !p.instance.running.isDraining():
 						t.Errorf("%s: %d, close %v", path, res.StatusCode, res.Close)
 					}
 				}
 			}
 		})
 	}
-	stopped := make(chan error, 1)
-	go func() { stopped <- p.stop() }()
+	clients.Go(func() { p.instance.running.drain(t.Context()) }) // as SIGTERM does, until the running call has ended
 	waitFor(t, "the drain", p.instance.running.isDraining)
 	close(proceed)
 	if b, _ := io.ReadAll(running); !strings.HasPrefix(string(b), "HTTP/1.1 200 ") ||
@@ -218,11 +222,14 @@ func TestDrainAnswers(t *testing.T) {
 		t.Errorf("the running call: %q", b)
 	}
 	waitFor(t, "many refusals", func() bool { return refused.Load() > 500 && ready.Load() > 100 })
-	close(stop)
-	clients.Wait()
-	if err := <-stopped; err != nil || time.Since(begin) < 2*time.Second {
+	begin := time.Now()
+	at := begin.Add(delay)
+	end.Store(&at)
+	if err := p.stop(); err != nil || time.Since(begin) < delay {
 		t.Errorf("stopped after %v: %v", time.Since(begin), err)
 	}
+	close(stop)
+	clients.Wait()
 }
 
 // TestMemoryLimit: the limit is the lowest of the process's cgroups and of those above.
@@ -760,7 +767,7 @@ func TestCrashDumpHasNoSecrets(t *testing.T) {
 	called := make(chan struct{}, 1)
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		called <- struct{}{}
-		return !c.waitClosed(20 * time.Second)
+		return !c.waitClosed(hangTimeout)
 	})
 	management := "mgmt-" + randomBase62(40)
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
@@ -920,13 +927,17 @@ func TestSecondSignal(t *testing.T) {
 		t.Fatalf("it ended while a call was running: %v", err)
 	default:
 	}
+	elapsed := stopwatch(t)
 	_ = c.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case err := <-c.exit:
 		if err == nil {
 			t.Error("a call was cut, but the program ended without an error")
 		}
-	case <-time.After(time.Second):
+		if took := elapsed(); took > time.Second {
+			t.Errorf("the program ended %v after the second signal", took)
+		}
+	case <-time.After(hangTimeout):
 		t.Error("the program did not end at the second signal")
 	}
 	if _, err := s.readAll(); err == nil {
@@ -951,7 +962,7 @@ func TestLogReaderExits(t *testing.T) {
 		if err != nil {
 			t.Errorf("the program ended with %v", err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(hangTimeout):
 		t.Error("the program did not end")
 	}
 }

@@ -73,15 +73,10 @@ func (h *testHook) verify(r recordedRequest, secrets ...string) {
 	}
 }
 
-// await waits for the nth request and returns its data. It waits longer than other tests do: the workers look every
-// other second, and a busy machine makes them late.
+// await waits for the nth request and returns its data.
 func (h *testHook) await(n int) (r recordedRequest, eventType string, data map[string]any) {
 	h.t.Helper()
-	for deadline := time.Now().Add(40 * time.Second); len(h.received()) < n; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			h.t.Fatalf("waited too long for notification %d", n)
-		}
-	}
+	waitFor(h.t, fmt.Sprintf("notification %d", n), func() bool { return len(h.received()) >= n })
 	r = h.received()[n-1]
 	var v struct {
 		Type, Timestamp string

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 )
 
 // objectScript answers like a server of one object: whole, in part, or not at all if the client has it. It does not
@@ -175,8 +174,9 @@ func TestHead(t *testing.T) {
 			t.Errorf("%s: GET %d %v, HEAD %d %q %v", path, get.status, get.header, head.status, head.body, head.header)
 		}
 	}
-	twice := strings.Repeat("HEAD /v1/models/m HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "+p.token+"\r\n\r\n", 2)
-	if got := p.sendRaw(twice); strings.Count(got, "HTTP/1.1 200 OK\r\n") != 2 {
+	once := "HEAD /v1/models/m HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + p.token + "\r\n"
+	got := p.sendRaw(once + "\r\n" + once + "Connection: close\r\n\r\n")
+	if strings.Count(got, "HTTP/1.1 200 OK\r\n") != 2 {
 		t.Errorf("two requests on one connection: %q", got)
 	}
 	if a := p.do("HEAD", "/v1/models", "", "Authorization", "Bearer x"); a.status != 401 || a.body != "" {
@@ -192,7 +192,7 @@ func TestHead(t *testing.T) {
 	ended := make(chan bool, 1)
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\nfirst bytes")
-		ended <- c.waitClosed(10 * time.Second)
+		ended <- c.waitClosed(hangTimeout)
 		return false
 	})
 	a := p.do("HEAD", "/v1/files/f/content", "", "Authorization", "Bearer "+p.token)

@@ -454,7 +454,7 @@ func (p *testProxy) dial() *net.TCPConn {
 		p.t.Fatal(err)
 	}
 	p.t.Cleanup(func() { conn.Close() })
-	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(hangTimeout))
 	return conn.(*net.TCPConn)
 }
 
@@ -565,7 +565,7 @@ func TestSilentProvider(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, map[string]string{"UPSTREAM_TIMEOUT": "1s", "STREAM_IDLE_TIMEOUT": "1s"})
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
-		c.waitClosed(10 * time.Second)
+		c.waitClosed(hangTimeout)
 		return false
 	})
 	if res := p.chat(); res.status != 504 || res.errorCode() != "upstream_timeout" {
@@ -580,7 +580,7 @@ func TestSilentProvider(t *testing.T) {
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		c.beginSSE()
 		_ = c.chunk(chatEvents(true)[0])
-		c.waitClosed(10 * time.Second)
+		c.waitClosed(hangTimeout)
 		return false
 	})
 	if res := p.chat(`"stream":true`); res.status != 200 || res.err == nil || res.body != chatEvents(true)[0] {
@@ -612,7 +612,7 @@ func TestUndetectedClientClose(t *testing.T) {
 	called := make(chan struct{})
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		close(called)
-		c.waitClosed(10 * time.Second)
+		c.waitClosed(hangTimeout)
 		return false
 	})
 	conn := p.dial()
@@ -637,9 +637,9 @@ func TestStalledUpload(t *testing.T) {
 		"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 100000\r\n\r\n--b\r\n", token)
 	waitFor(t, "the upload", func() bool { return p.countInPhase(phaseProvider) == 1 })
 	p.manage("DELETE", "/manage/tokens/"+id, "", 200, nil)
-	revoked := time.Now()
+	elapsed := stopwatch(t)
 	p.checkReleased()
-	if d := time.Since(revoked); d > time.Second {
+	if d := elapsed(); d > time.Second {
 		t.Errorf("the upload ended %v after the token was revoked", d)
 	}
 }
@@ -769,7 +769,7 @@ func TestStalledModelList(t *testing.T) {
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"models":["gpt*"]}}`, 200, nil)
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
-		c.waitClosed(10 * time.Second)
+		c.waitClosed(hangTimeout)
 		return false
 	})
 	res := p.do("GET", "/v1/models", "", "Authorization", "Bearer "+p.token)
@@ -1124,14 +1124,14 @@ func TestUnreadBodyHasDeadline(t *testing.T) {
 		clients.Go(func() {
 			line, rest, _ := strings.Cut(request, "|")
 			conn := p.dial()
-			start := time.Now()
+			elapsed := stopwatch(t)
 			_, _ = io.WriteString(conn, line+" HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "+p.token+"\r\n"+rest)
-			_ = conn.SetReadDeadline(start.Add(20 * time.Second))
+			_ = conn.SetReadDeadline(time.Now().Add(hangTimeout))
 			b, err := io.ReadAll(conn)
 			if err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 ") {
 				t.Errorf("%q: got %q, %v", request, b, err)
 			}
-			if d := time.Since(start); d > 5*time.Second {
+			if d := elapsed(); d > 5*time.Second {
 				t.Errorf("%q: the connection was open for %v", request, d)
 			}
 		})

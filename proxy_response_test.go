@@ -135,7 +135,8 @@ func TestNoUpgrade(t *testing.T) {
 		"Connection: Upgrade\r\nUpgrade: websocket\r\n" + key, "Upgrade: WebSocket/13\r\n",
 		"Upgrade: h2c\r\nUpgrade: x/1, \t websocket\r\nConnection: Upgrade\r\n",
 	} {
-		got := p.sendRaw(p.rawChatRequest(lines, chatBody()))
+		next := "GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+		got := p.sendRaw(p.rawChatRequest(lines, chatBody()) + next)
 		if !strings.HasPrefix(got, "HTTP/1.1 426 ") || !strings.Contains(got, "upgrade_not_supported") ||
 			!strings.Contains(got, "\r\nUpgrade: HTTP/1.1\r\n") {
 			t.Errorf("%q: got %q", lines, got)
@@ -462,7 +463,7 @@ func TestStreamEventsPassAtOnce(t *testing.T) {
 				}
 				select {
 				case <-got:
-				case <-time.After(5 * time.Second):
+				case <-time.After(hangTimeout):
 					return false // the stream breaks, and the client sees it
 				}
 			}
@@ -540,7 +541,7 @@ func TestAnswersPassAtOnce(t *testing.T) {
 				select {
 				case <-got:
 					return true
-				case <-time.After(5 * time.Second):
+				case <-time.After(hangTimeout):
 					return false // the answer breaks off, and the client sees it
 				}
 			})
@@ -735,7 +736,7 @@ func TestClientGone(t *testing.T) {
 				_ = c.chunk(strings.Join(events[:k], ""))
 			}
 			close(sent)
-			gone <- c.waitClosed(5 * time.Second)
+			gone <- c.waitClosed(hangTimeout)
 			return false
 		})
 		ctx, leave := context.WithCancel(t.Context())
@@ -758,9 +759,9 @@ func TestClientGone(t *testing.T) {
 			}
 			leave()
 		}
-		left := time.Now()
-		if !<-gone || time.Since(left) > time.Second {
-			t.Errorf("after %d events: the provider's call ended %v after the client had left", k, time.Since(left))
+		elapsed := stopwatch(t)
+		if !<-gone || elapsed() > time.Second {
+			t.Errorf("after %d events: the provider's call ended %v after the client had left", k, elapsed())
 		}
 		row := p.lastCall()
 		if row.Outcome != "client_gone" || row.UsageSource == "none" || k == 0 && row.Status != 499 ||
@@ -778,7 +779,7 @@ func TestClientGone(t *testing.T) {
 func TestClientShutsItsSide(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { c.waitClosed(5 * time.Second); return false })
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool { c.waitClosed(hangTimeout); return false })
 	if got := p.sendRawHalfClose(p.rawChatRequest("", chatBody())); got != "" {
 		t.Errorf("the client got %q", got)
 	}
@@ -835,7 +836,7 @@ func TestStreamCompressed(t *testing.T) {
 			b.Reset()
 			select {
 			case <-got:
-			case <-time.After(5 * time.Second):
+			case <-time.After(hangTimeout):
 				return false
 			}
 		}

@@ -209,7 +209,7 @@ func TestLeftStreamIsCharged(t *testing.T) {
 		for range 200 {
 			_ = pc.chunk(event)
 		}
-		pc.waitClosed(10 * time.Second)
+		pc.waitClosed(hangTimeout)
 		return false
 	})
 	s := p.stream(p.token)

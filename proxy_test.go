@@ -103,7 +103,7 @@ func TestPromiseOnRecord(t *testing.T) {
 					t.Errorf("the provider got %d calls", n)
 				}
 				release()
-				_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+				_ = conn.SetReadDeadline(time.Now().Add(hangTimeout))
 				if b, err := io.ReadAll(conn); err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 200 ") {
 					t.Errorf("after that: %q, %v", b, err)
 				}
@@ -116,7 +116,7 @@ func TestPromiseOnRecord(t *testing.T) {
 	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
 		c.beginSSE()
 		_ = c.chunk(chatEvents(true)[0])
-		return !c.waitClosed(10 * time.Second)
+		return !c.waitClosed(hangTimeout)
 	})
 	s := p.stream(p.token)
 	if _, err := s.read(1); err != nil {
@@ -149,12 +149,12 @@ func TestPromiseRevocationIsImmediate(t *testing.T) {
 			cut := make(chan bool, 1)
 			p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
 				if !strings.Contains(r.body, `"stream":true`) {
-					c.waitClosed(20 * time.Second) // no answer
+					c.waitClosed(hangTimeout) // no answer
 					return false
 				}
 				c.beginSSE()
 				_ = c.chunk(chatEvents(true)[1])
-				cut <- c.waitClosed(20 * time.Second)
+				cut <- c.waitClosed(hangTimeout)
 				return false
 			})
 			s := p.stream(p.token)
@@ -168,8 +168,10 @@ func TestPromiseRevocationIsImmediate(t *testing.T) {
 			ends := time.Now().Add(200 * time.Millisecond)
 			replace := strings.NewReplacer("TOKEN", p.tokenID, "PROJECT", p.project, "SOON", ends.UTC().Format(time.RFC3339Nano))
 			p.manage(test.method, replace.Replace(test.path), replace.Replace(test.body), 200, nil)
-			if name != "expired" {
-				ends = time.Now()
+			elapsed := stopwatch(t)
+			if name == "expired" {
+				waitFor(t, "the expiry", func() bool { return time.Now().After(ends) })
+				elapsed = stopwatch(t)
 			}
 			if _, err := s.readAll(); err == nil {
 				t.Error("the stream ended as if it were complete")
@@ -180,7 +182,7 @@ func TestPromiseRevocationIsImmediate(t *testing.T) {
 			if res := <-waiting; res.status != test.status {
 				t.Errorf("a call without an answer yet: got %d %s", res.status, res.body)
 			}
-			if d := time.Since(ends); d > time.Second {
+			if d := elapsed(); d > time.Second {
 				t.Errorf("the calls ended after %v", d)
 			}
 			if res := p.chat(); res.status != test.status {
@@ -298,7 +300,7 @@ func TestPromiseNeverLieAboutAStream(t *testing.T) {
 // is ever 401, after which a client would throw its token away.
 func TestPromiseFailClosedHonestly(t *testing.T) {
 	t.Parallel()
-	silent := func(c *providerConn, _ recordedRequest) bool { c.waitClosed(20 * time.Second); return false }
+	silent := func(c *providerConn, _ recordedRequest) bool { c.waitClosed(hangTimeout); return false }
 	for _, test := range []struct {
 		name   string
 		begin  func(p *testProxy)

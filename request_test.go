@@ -102,7 +102,7 @@ func TestStalledUnauthenticatedUpload(t *testing.T) {
 		}
 		defer conn.Close()
 		_, _ = io.WriteString(conn, request)
-		_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+		_ = conn.SetReadDeadline(time.Now().Add(hangTimeout))
 		conns[name] = conn
 	}
 	for name, conn := range conns {

@@ -103,7 +103,7 @@ func TestHTTP2Floods(t *testing.T) {
 		defer calls.Add(-1)
 		for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
 		}
-		c.waitClosed(20 * time.Second)
+		c.waitClosed(hangTimeout)
 		return false
 	})
 	for name, frames := range p.h2Attacks() {
@@ -128,9 +128,9 @@ func TestHTTP2Floods(t *testing.T) {
 		if reads {
 			go func() { _, _ = io.Copy(io.Discard, conn) }()
 		}
-		start := time.Now()
-		if res := p.chat(); res.status != 200 || time.Since(start) > 8*time.Second {
-			t.Errorf("%s: another client got %d %v after %v", name, res.status, res.err, time.Since(start))
+		elapsed := stopwatch(t)
+		if res := p.chat(); res.status != 200 || elapsed() > 8*time.Second {
+			t.Errorf("%s: another client got %d %v after %v", name, res.status, res.err, elapsed())
 		}
 		if n := <-sent; name == "CONTINUATION" && n > 16<<20 { // of 30 MB; some MB are buffers
 			t.Errorf("%s: the proxy read %d bytes of one header", name, n)
@@ -191,10 +191,10 @@ func TestEndlessProviders(t *testing.T) {
 				sent <- endless(conn, c.repeated)
 				return false
 			})
-			start := time.Now()
+			elapsed := stopwatch(t)
 			a := p.chat()
-			if a.status != 502 && a.status != 504 && !(c.broken && a.err != nil) || time.Since(start) > 10*time.Second {
-				t.Errorf("got %d %.100s, %v after %v", a.status, a.body, a.err, time.Since(start))
+			if a.status != 502 && a.status != 504 && !(c.broken && a.err != nil) || elapsed() > 10*time.Second {
+				t.Errorf("got %d %.100s, %v after %v", a.status, a.body, a.err, elapsed())
 			}
 			if n := <-sent; n > 8<<20 {
 				t.Errorf("the proxy read %d bytes", n)
@@ -245,10 +245,10 @@ func TestHostileHTTP2Providers(t *testing.T) {
 			p := newTest(t, map[string]string{"UPSTREAM_TIMEOUT": "2s", "STREAM_IDLE_TIMEOUT": "2s",
 				"LOG_LEVEL": "error"})
 			good := newHostileServer(t, p, c.start, c.repeated)
-			start := time.Now()
+			elapsed := stopwatch(t)
 			a := p.chat()
-			if a.status != 502 && a.status != 504 && a.err == nil || time.Since(start) > 12*time.Second {
-				t.Errorf("got %d %.100s, %v after %v", a.status, a.body, a.err, time.Since(start))
+			if a.status != 502 && a.status != 504 && a.err == nil || elapsed() > 12*time.Second {
+				t.Errorf("got %d %.100s, %v after %v", a.status, a.body, a.err, elapsed())
 			}
 			if row := p.lastCall(); row.Outcome == "ok" {
 				t.Errorf("the ledger has %+v", row)

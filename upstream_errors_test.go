@@ -360,8 +360,9 @@ func TestMaskKeyLike(t *testing.T) {
 	}
 }
 
-// rawScript answers with bytes as they are, and closes the connection.
+// rawScript answers with bytes as they are, except that they announce that the connection is closed, which then is.
 func rawScript(text string) func(*providerConn, recordedRequest) bool {
+	text = strings.Replace(text, "\r\n", "\r\nConnection: close\r\n", 1)
 	return func(c *providerConn, _ recordedRequest) bool {
 		_, _ = io.WriteString(c, text)
 		return false
