@@ -46,15 +46,15 @@ type ledger struct {
 	wakeSize        int           // of pending, with which the writer is woken
 	lastBatchBytes  int           // size of the last batch's JSON
 	settledEntries  []*ledgerEntry
-	sumOnlyRows     []*requestRow
+	sumOnlyRows     []sumOnlyRow
 	oldestSettledAt time.Time      // when the oldest of settledEntries and sumOnlyRows was queued
 	queuedCount     uint64         // all rows ever queued
 	committedCount  uint64         // how many of them, in the order of queueing, are certainly committed
 	flushing        bool           // a caller waits for committedCount
 	writing         []*ledgerEntry // those that the writer has taken from settledEntries
-	writingSince    time.Time
-	outbox          *outbox    // keeps rows while the database does not work; nil: none does
-	delivering      outboxMark // of the writer: the lines that the present batch has
+	writingSince    time.Time      // zero: it writes no rows
+	outbox          *outbox        // keeps rows while the database does not work; nil: none does
+	delivering      outboxMark     // of the writer: what is recorded once the present batch is
 	closing         bool
 
 	wake            chan struct{}
@@ -118,10 +118,10 @@ func (e *ledgerEntry) commitErr() error { return e.batch.err }
 // the row is read, and must not be written.
 func (l *ledger) settle(e *ledgerEntry) (position uint64) {
 	l.mu.Lock()
-	l.enqueueSettled()
+	position = l.enqueueSettled()
+	e.number = position
 	l.settledEntries = append(l.settledEntries, e)
 	n := len(l.settledEntries)
-	position = l.queuedCount
 	l.mu.Unlock()
 	if n == 1 || n >= settleBatchSize {
 		l.kick() // the first sets the writer's timer
@@ -133,11 +133,11 @@ func (l *ledger) settle(e *ledgerEntry) (position uint64) {
 // counts in the sums.
 func (l *ledger) recordRefused(r *requestRow, withRow bool) {
 	l.mu.Lock()
-	l.enqueueSettled()
+	number := l.enqueueSettled()
 	if withRow {
-		l.settledEntries = append(l.settledEntries, &ledgerEntry{row: *r})
+		l.settledEntries = append(l.settledEntries, &ledgerEntry{row: *r, number: number})
 	} else {
-		l.sumOnlyRows = append(l.sumOnlyRows, new(*r))
+		l.sumOnlyRows = append(l.sumOnlyRows, sumOnlyRow{new(*r), number})
 	}
 	l.mu.Unlock()
 	l.kick()
@@ -147,18 +147,18 @@ func (l *ledger) recordRefused(r *requestRow, withRow bool) {
 // whether it was the first.
 func (l *ledger) recordUsage(r *requestRow) {
 	l.mu.Lock()
-	l.enqueueSettled()
-	l.sumOnlyRows = append(l.sumOnlyRows, r)
+	l.sumOnlyRows = append(l.sumOnlyRows, sumOnlyRow{r, l.enqueueSettled()})
 	l.mu.Unlock()
 	l.kick()
 }
 
-// enqueueSettled counts a row that the caller is about to queue. The caller holds mu.
-func (l *ledger) enqueueSettled() {
+// enqueueSettled returns the number of a row that the caller is about to queue. The caller holds mu.
+func (l *ledger) enqueueSettled() (number uint64) {
 	l.queuedCount++
 	if len(l.settledEntries)+len(l.sumOnlyRows) == 0 {
 		l.oldestSettledAt = time.Now()
 	}
+	return l.queuedCount
 }
 
 // kick wakes the writer.
@@ -303,7 +303,7 @@ func (l *ledger) writeWork(work *ledgerWork) {
 		close(pending.done)
 		pending = nil
 	}
-	if l.delivering = work.kept; pending != nil || len(work.settledEntries)+len(work.sumOnlyRows) > 0 {
+	if l.delivering = work.mark; pending != nil || len(work.settledEntries)+len(work.sumOnlyRows) > 0 {
 		l.write(pending, work.settledEntries, work.sumOnlyRows)
 	}
 	if l.delivering = (outboxMark{}); pending != nil {
@@ -344,9 +344,9 @@ func (l *ledger) pause(d time.Duration) bool {
 type ledgerWork struct {
 	pending        *pendingBatch
 	settledEntries []*ledgerEntry
-	sumOnlyRows    []*requestRow
+	sumOnlyRows    []sumOnlyRow
 	drained        bool          // nothing is left
-	kept           outboxMark    // the lines of the outbox with rows that are among these
+	mark           outboxMark    // says that all of these are recorded
 	queuedCount    uint64        // of the ledger at that time
 	wait           time.Duration // until what is left should be written
 	closing        bool
@@ -367,7 +367,7 @@ func (l *ledger) dequeue() ledgerWork {
 			q.settledEntries, l.settledEntries = l.settledEntries, nil
 			q.sumOnlyRows, l.sumOnlyRows = l.sumOnlyRows, nil
 			l.writing, l.writingSince = q.settledEntries, time.Now()
-			q.kept = l.outbox.keptLines()
+			q.mark = l.markOf(l.queuedCount)
 		} else {
 			q.wait = settleDelay - age
 		}
@@ -380,7 +380,7 @@ func (l *ledger) dequeue() ledgerWork {
 func (l *ledger) markCommitted(work ledgerWork) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.writing = nil
+	l.writing, l.writingSince = nil, time.Time{}
 	empty := work.pending == nil && len(work.settledEntries)+len(work.sumOnlyRows) == 0
 	if !work.drained || l.failing.Load() && !empty {
 		return
@@ -391,9 +391,10 @@ func (l *ledger) markCommitted(work ledgerWork) {
 // write commits what was queued. A batch that the database refuses is written row by row: a row that it refuses by
 // itself must not block the others. If a row cannot be written in any form, the database is at fault: that row and
 // those after it are queued again. The calls that begin fail instead, because they wait for it.
-func (l *ledger) write(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow) {
+func (l *ledger) write(pending *pendingBatch, settled []*ledgerEntry, sums []sumOnlyRow) {
 	err := l.commit(pending, settled, sums)
 	if isRejectedRow(err) && len(settled)+len(sums) > 0 {
+		mark := l.delivering
 		l.delivering = outboxMark{}
 		if err = nil; pending != nil {
 			err = l.commit(pending, nil, nil)
@@ -404,6 +405,7 @@ func (l *ledger) write(pending *pendingBatch, settled []*ledgerEntry, sums []*re
 			}
 		}
 		for err == nil && len(sums) > 0 {
+			l.delivering = mark.upTo(sums[0].number) // every row above has its own record by now
 			if err = l.commit(nil, nil, sums[:1]); err == nil {
 				sums = sums[1:]
 			}
@@ -425,7 +427,7 @@ func (l *ledger) write(pending *pendingBatch, settled []*ledgerEntry, sums []*re
 }
 
 // commit commits one batch: all of it, or nothing. A single row may be reduced.
-func (l *ledger) commit(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow) error {
+func (l *ledger) commit(pending *pendingBatch, settled []*ledgerEntry, sums []sumOnlyRow) error {
 	start := time.Now()
 	batch, undo := buildLedgerBatch(pending, settled, sums)
 	batch.delivered = l.delivering

@@ -441,8 +441,8 @@ func (in *instance) recordUnwritten(ctx context.Context) error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("recording the calls in %s: %w; start the version that made it, or move it away: its calls "+
-			"are then recorded as lost", name, err)
+		return fmt.Errorf("recording the calls that the database did not take, which %s has: %w (without it, those "+
+			"that had begun are recorded as lost)", name, err)
 	}
 	if torn {
 		in.log.Warn("the last line of a file of calls is skipped, because it was not written to its end", "file", name)

@@ -1,12 +1,19 @@
 // This file keeps the rows of calls that have ended in a file while the database takes none of them. The ledger goes on
 // trying to write them from memory; the file is for the case that the program is killed before it succeeds. The next
 // start records what the file has, each call once, and removes it. Each line is signed with the key of the audit trail,
-// so the rows of another database, or of whoever can write to the directory, are refused. Calls that were running when
-// a process died are recorded here, too, as lost. The file opens no secret, and has no stored content of calls.
+// which each database has for itself: the rows of another database, or of whoever can write to the directory, are
+// refused. Calls that were running when a process died are recorded here, too, as lost. The file opens no secret, and
+// has no stored content of calls.
+//
+// Why a row is recorded once, whenever the program is killed: the row of a call has an id, by which it is found. What
+// only counts in sums has none, so each row has the number of its place in the queue of its process. The writer takes
+// the whole queue each time, and before the file has a line, its transactions begin to contain the number of the last
+// row (outboxMark). A start skips what that number covers, and its own transactions raise it.
 package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/hmac"
 	"encoding/hex"
@@ -18,7 +25,9 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -34,7 +43,7 @@ const (
 	maxOutboxBytes = 64 << 20
 )
 
-// An outbox is the file of one process. It belongs to the goroutine of ledger.runOutbox. The ledger's mu guards lines
+// An outbox is the file of one process. It belongs to the goroutine of ledger.runOutbox. The ledger's mu guards inUse
 // and keptUpTo, which others read.
 type outbox struct {
 	name  string
@@ -47,9 +56,8 @@ type outbox struct {
 	kept    map[*requestRow]bool // rows with a line in the file
 	failing bool                 // the last attempt failed, which was reported
 
-	mark     outboxMark // what the file has, none if there is no file
-	lines    int64      // all that were ever written
-	keptUpTo uint64     // once as many queued rows are committed, the file is of no use
+	inUse    bool   // there may be a file
+	keptUpTo uint64 // once as many queued rows are committed, the file is of no use
 }
 
 // newOutbox returns the outbox of a process, which makes no file yet.
@@ -63,14 +71,14 @@ func newOutbox(name string, chain *auditChain, log *slog.Logger) *outbox {
 // An unwrittenRow is a row that the database did not take.
 type unwrittenRow struct {
 	Outbox  string
-	Number  int64             // 1, 2, 3 …
+	Number  uint64            // as in an outboxMark
 	SumOnly bool              // it only counts in the sums
 	Fields  []json.RawMessage // of requestRow.durableFields
 	row     *requestRow
 }
 
 // appendLine appends a row as the line with a number.
-func (o *outbox) appendLine(lines []byte, r *requestRow, number int64, sumOnly bool) ([]byte, error) {
+func (o *outbox) appendLine(lines []byte, r *requestRow, number uint64, sumOnly bool) ([]byte, error) {
 	u := unwrittenRow{Outbox: o.id, Number: number, SumOnly: sumOnly}
 	for _, field := range r.durableFields() {
 		text, err := json.Marshal(field)
@@ -95,19 +103,24 @@ func parseUnwritten(chain *auditChain, line []byte) (*unwrittenRow, error) {
 	text, complete := bytes.CutSuffix(line, []byte("\n"))
 	mac, text, _ := bytes.Cut(text, []byte(" "))
 	if want := hex.AppendEncode(nil, chain.mac("outbox", nil, string(text))); !hmac.Equal(mac, want) {
-		if !complete && !json.Valid(line) {
+		switch signed := len(mac) == len(want) && json.Valid(text); {
+		case !complete && !json.Valid(line) && !signed:
 			return nil, errTornLine
+		case signed:
+			return nil, errors.New("its rows are signed by another database, or damaged; put it beside that " +
+				"database, or move it away")
 		}
-		return nil, errors.New("it was made by another version or for another database, or is damaged")
+		return nil, errors.New("it was made by another version, or is damaged; start that version, or move it away")
 	}
 	u := &unwrittenRow{row: &requestRow{}}
 	fields := u.row.durableFields()
 	if err := json.Unmarshal(text, u); err != nil || len(u.Fields) != len(fields) {
-		return nil, errors.New("it was made by another version")
+		return nil, errors.New("it was made by another version; start that one, or move it away")
 	}
 	for i, field := range fields {
 		if err := json.Unmarshal(u.Fields[i], field); err != nil {
-			return nil, fmt.Errorf("a row has an unexpected value: %w", err)
+			return nil, fmt.Errorf("a row has an unexpected value: %w; start the version that made it, or move it away",
+				err)
 		}
 	}
 	return u, nil
@@ -115,10 +128,12 @@ func parseUnwritten(chain *auditChain, line []byte) (*unwrittenRow, error) {
 
 // What a running process keeps.
 
-// keptLines returns which lines the file has. The caller holds the ledger's mu.
-func (o *outbox) keptLines() (m outboxMark) {
-	if o != nil {
-		m = o.mark
+// markOf returns a mark with a number for the writer's next transaction. The caller holds the ledger's mu. SQLite's
+// transactions are committed or not, so they need no mark before there is a file. One of PostgreSQL may be committed
+// although the answer was lost, and the file has its rows afterwards.
+func (l *ledger) markOf(number uint64) (m outboxMark) {
+	if l.outbox != nil && (l.outbox.inUse || l.store.backend != nil) {
+		m = outboxMark{id: l.outbox.id, number: number, running: true}
 	}
 	return m
 }
@@ -146,7 +161,7 @@ func (l *ledger) runOutbox() {
 func (l *ledger) keepRows(always bool) error {
 	o := l.outbox
 	for {
-		lines, rows, upTo, err := l.unkeptRows(always)
+		lines, rows, err := l.unkeptRows(always)
 		if err != nil || len(rows) == 0 {
 			return err
 		}
@@ -160,38 +175,37 @@ func (l *ledger) keepRows(always bool) error {
 		for _, r := range rows {
 			o.kept[r] = true
 		}
-		l.mu.Lock()
-		o.lines += int64(len(rows))
-		o.mark, o.keptUpTo = outboxMark{o.id, o.lines}, upTo
-		l.mu.Unlock()
 	}
 }
 
-// unkeptRows returns the next rows that the file does not have, as lines. Once upTo rows are committed, these are.
-func (l *ledger) unkeptRows(always bool) (lines []byte, rows []*requestRow, upTo uint64, err error) {
+// unkeptRows returns the next rows that the file does not have, as lines. The outbox is in use from then on.
+func (l *ledger) unkeptRows(always bool) (lines []byte, rows []*requestRow, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	slow := len(l.writing) > 0 && time.Since(l.writingSince) > outboxDelay
 	if !always && !slow && !l.failing.Load() {
-		return nil, nil, 0, nil
+		return nil, nil, nil
 	}
-	add := func(r *requestRow, sumOnly bool) {
+	add := func(r *requestRow, number uint64, sumOnly bool) {
 		if err != nil || len(rows) == outboxRows || l.outbox.kept[r] {
 			return
 		}
-		lines, err = l.outbox.appendLine(lines, r, l.outbox.lines+int64(len(rows))+1, sumOnly)
+		lines, err = l.outbox.appendLine(lines, r, number, sumOnly)
 		rows = append(rows, r)
 	}
 	for _, e := range l.writing {
-		add(&e.row, false)
+		add(&e.row, e.number, false)
 	}
 	for _, e := range l.settledEntries {
-		add(&e.row, false)
+		add(&e.row, e.number, false)
 	}
-	for _, r := range l.sumOnlyRows { // the writer changes those that it is writing
-		add(r, true)
+	for _, r := range l.sumOnlyRows { // not those that are being written, as no mark may cover them
+		add(r.requestRow, r.number, true)
 	}
-	return lines, rows, l.queuedCount, err
+	if len(rows) > 0 {
+		l.outbox.inUse, l.outbox.keptUpTo = true, l.queuedCount
+	}
+	return lines, rows, err
 }
 
 // append appends lines to the file and syncs it to disk: all of them, or none.
@@ -265,10 +279,9 @@ func (l *ledger) dropOutbox() {
 		return
 	}
 	l.mu.Lock()
-	mark := o.mark
-	unused := mark.lines > 0 && l.committedCount >= o.keptUpTo && !l.failing.Load()
+	unused := o.inUse && l.committedCount >= o.keptUpTo && !l.failing.Load() && l.writingSince.IsZero()
 	if unused {
-		o.mark = outboxMark{}
+		o.inUse = false // no transaction with a mark is under way, or begins
 	}
 	l.mu.Unlock()
 	if !unused {
@@ -276,12 +289,14 @@ func (l *ledger) dropOutbox() {
 	}
 	rows := len(o.kept)
 	o.close()
-	if err := removeOutbox(context.Background(), l.store, o.name, mark.id); err != nil {
+	if err := removeOutbox(context.Background(), l.store, o.name, o.id); err != nil {
 		o.log.Error("a file of calls that are recorded cannot be removed; the next start does it", "file", o.name,
 			"error", err)
 		return
 	}
-	o.log.Info("the calls that were kept in a file are recorded", "rows", rows, "file", o.name)
+	if rows > 0 { // otherwise the file could not be made
+		o.log.Info("the calls that were kept in a file are recorded", "rows", rows, "file", o.name)
+	}
 }
 
 // removeOutbox removes a file of which everything is recorded, and then what the database knows of it.
@@ -352,94 +367,117 @@ func recoverLost(ctx context.Context, st *store, w *ledgerWriter, complete func(
 	}
 }
 
-// recordOutbox records the rows in a file, and removes it. Rows that are recorded already are skipped: an earlier start
-// may have died before it removed the file, or another replica has recorded a call as lost. torn: the file ended within
-// a line, which was skipped.
-func recordOutbox(ctx context.Context, st *store, name string) (rows int, torn bool, err error) {
+// readOutbox returns the rows in a file, those of each process in the order in which it has queued them. torn: the file
+// ended within a line, which was skipped.
+func readOutbox(chain *auditChain, name string) (all []*unwrittenRow, torn bool, err error) {
 	f, err := openRegularFile(name, os.O_RDONLY)
 	if err != nil {
-		return 0, false, err
+		return nil, false, err
 	}
 	defer f.Close()
 	text, err := io.ReadAll(io.LimitReader(f, 2*maxOutboxBytes))
 	if err != nil {
-		return 0, false, err
+		return nil, false, err
 	}
 	if len(text) == 2*maxOutboxBytes {
-		return 0, false, errors.New("it is too large")
+		return nil, false, errors.New("it is too large; move it away")
 	}
-	var all []*unwrittenRow
 	for line := range bytes.Lines(text) {
-		u, err := parseUnwritten(st.chain, line)
+		u, err := parseUnwritten(chain, line)
 		if torn = errors.Is(err, errTornLine); err != nil && !torn {
-			return 0, false, err
+			return nil, false, err
 		}
 		if !torn {
 			all = append(all, u)
 		}
 	}
+	slices.SortStableFunc(all, func(a, b *unwrittenRow) int {
+		return cmp.Or(strings.Compare(a.Outbox, b.Outbox), cmp.Compare(a.Number, b.Number))
+	})
+	return all, torn, nil
+}
+
+// recordOutbox records the rows in a file, and removes it. Rows that are recorded already are skipped: an earlier start
+// may have died before it removed the file, or another replica has recorded a call as lost. The file has rows of
+// several processes if one of them could not remove it. torn is as from readOutbox.
+func recordOutbox(ctx context.Context, st *store, name string) (rows int, torn bool, err error) {
+	all, torn, err := readOutbox(st.chain, name)
+	if err != nil {
+		return 0, false, err
+	}
 	writer := st.newLedgerWriter()
 	defer writer.close()
-	recorded := map[string]int64{} // lines, by outbox
 	var ids []string
 	for len(all) > 0 {
-		n := min(len(all), outboxRows)
-		for n > 1 && all[n-1].Outbox != all[0].Outbox {
-			n--
+		n := slices.IndexFunc(all, func(u *unwrittenRow) bool { return u.Outbox != all[0].Outbox })
+		if n < 0 {
+			n = len(all)
 		}
-		id := all[0].Outbox
-		if _, known := recorded[id]; !known {
-			ids = append(ids, id)
-			if recorded[id], err = st.outboxLines(ctx, id); err != nil {
-				return rows, torn, err
-			}
-		}
-		batch, err := unrecordedBatch(ctx, st, all[:n], recorded[id])
-		if err == nil {
-			err = writer.writeOrReduce(ctx, batch)
-		}
-		if err != nil {
+		ids = append(ids, all[0].Outbox)
+		written, err := recordRows(ctx, st, writer, all[:n])
+		if rows += written; err != nil {
 			return rows, torn, err
 		}
-		rows += len(batch.records) + len(batch.sumOnlyRows)
-		recorded[id] = max(recorded[id], batch.delivered.lines)
 		all = all[n:]
 	}
 	return rows, torn, removeOutbox(ctx, st, name, ids...)
 }
 
-// unrecordedBatch returns a batch with those of the rows that are not recorded.
-func unrecordedBatch(ctx context.Context, st *store, rows []*unwrittenRow, lines int64) (b ledgerBatch, err error) {
-	for _, u := range rows {
-		if u.Number <= max(lines, b.delivered.lines) {
-			continue
-		}
-		b.delivered = outboxMark{u.Outbox, max(u.Number, b.delivered.lines)}
-		if u.SumOnly {
-			b.sumOnlyRows = append(b.sumOnlyRows, u.row)
-			continue
-		}
-		recorded, err := st.isRecorded(ctx, u.row.id)
-		if err != nil {
-			return b, err
-		}
-		if !recorded {
-			b.records = append(b.records, u.row)
-		}
+// recordRows records those rows of one process that the database does not have, and returns how many. They are in the
+// order of their numbers.
+func recordRows(ctx context.Context, st *store, w *ledgerWriter, all []*unwrittenRow) (rows int, err error) {
+	id := all[0].Outbox
+	recorded, err := st.outboxNumber(ctx, id)
+	if err != nil {
+		return 0, err
 	}
-	return b, nil
+	for part := range slices.Chunk(all, outboxRows) {
+		var b ledgerBatch
+		for _, u := range part {
+			if u.Number <= recorded { // or it is there twice
+				continue
+			}
+			recorded = u.Number
+			if u.SumOnly {
+				b.sumOnlyRows = append(b.sumOnlyRows, sumOnlyRow{u.row, u.Number})
+				continue
+			}
+			known, err := st.isRecorded(ctx, u.row.id)
+			if err != nil {
+				return rows, err
+			}
+			if !known {
+				b.records = append(b.records, u.row)
+			}
+		}
+		b.delivered = outboxMark{id: id, number: recorded}
+		if err := w.writeOrReduce(ctx, b); err != nil {
+			return rows, err
+		}
+		rows += len(b.records) + len(b.sumOnlyRows)
+	}
+	return rows, nil
 }
 
-// outboxLines returns how many lines of an outbox are recorded.
-func (s *store) outboxLines(ctx context.Context, id string) (int64, error) {
+// outboxNumber returns the number up to which the rows of a process are recorded.
+func (s *store) outboxNumber(ctx context.Context, id string) (uint64, error) {
+	var committed uint64
+	if s.backend != nil {
+		n, err := s.backend.recordedRows(ctx, id)
+		if err != nil {
+			return 0, err
+		}
+		committed = uint64(n)
+	}
 	text, err := s.setting(ctx, outboxSetting+id)
 	if errors.Is(err, errNotFound) {
-		return 0, nil
+		return committed, nil
 	}
 	if err != nil {
 		return 0, err
 	}
-	return strconv.ParseInt(text, 10, 64)
+	recorded, err := strconv.ParseUint(text, 10, 64)
+	return max(recorded, committed), err
 }
 
 // openRegularFile opens a file that is neither a link, a pipe nor a device.

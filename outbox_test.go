@@ -3,10 +3,12 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"os"
@@ -110,7 +112,7 @@ func outboxText(t *testing.T, o *outbox, rows []*requestRow) (text []byte) {
 	t.Helper()
 	for i, r := range rows {
 		var err error
-		if text, err = o.appendLine(text, r, int64(i+1), i >= 2); err != nil {
+		if text, err = o.appendLine(text, r, uint64(i+1), i >= 2); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -160,13 +162,10 @@ func TestOutboxOnce(t *testing.T) {
 // is refused, and nothing of it is recorded.
 func TestOutboxFiles(t *testing.T) {
 	t.Parallel()
-	p := newTest(t, nil)
+	env := map[string]string{"ENCRYPTION_KEY": goodKey}
+	p, other := newTest(t, maps.Clone(env)), newTest(t, env)
 	st, dir := p.instance.store, t.TempDir()
-	key := newEncryptionKey()
-	foreign, err := deriveAuditChain(key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	foreign := other.instance.store.chain // of a database with the same key
 	discard := slog.New(slog.DiscardHandler)
 	write := func(text string) func(string) error {
 		return func(name string) error { return os.WriteFile(name, []byte(text), 0o600) }
@@ -223,6 +222,15 @@ func TestOutboxFiles(t *testing.T) {
 	if _, _, err := recordOutbox(t.Context(), st, filepath.Join(dir, "none")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no file: %v", err)
 	}
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	file := p.instance.cfg.unwrittenFile()
+	mustOverwrite(t, file, line(foreign))
+	if p.checkRefusedStartError(file, "put it beside that database"); mustReadFile(t, file) == "" {
+		t.Error("the file of another database is gone")
+	}
+	mustRemove(t, file)
 }
 
 // TestOutboxDiskFull: when the disk is full, no part of a line stays, the rows are kept once there is space, and both
@@ -247,8 +255,8 @@ func TestOutboxDiskFull(t *testing.T) {
 	for range 3 {
 		o.report(l.keepRows(true))
 	}
-	if info, err := os.Stat(o.name); err == nil && info.Size() != 0 || l.outbox.lines != 0 {
-		t.Errorf("on the full disk: %v %v, %d lines", info, err, o.lines)
+	if info, err := os.Stat(o.name); err == nil && info.Size() != 0 || len(o.kept) != 0 {
+		t.Errorf("on the full disk: %v %v, %d lines", info, err, len(o.kept))
 	}
 	mustRemove(t, filler)
 	kept := func() int { text, _ := os.ReadFile(o.name); return bytes.Count(text, []byte("\n")) }
@@ -273,5 +281,150 @@ func TestOutboxDiskFull(t *testing.T) {
 	if n := []int{strings.Count(text, "level=ERROR"), strings.Count(text, "kept in a file again"),
 		strings.Count(text, "no space left")}; !slices.Equal(n, []int{1, 1, 1}) {
 		t.Errorf("%v reports: %s", n, text)
+	}
+}
+
+// A killedLedger is a ledger whose writer and outbox the test runs, step by step, as their goroutines do.
+type killedLedger struct {
+	*ledger
+	t     *testing.T
+	lines []byte
+	rows  []*requestRow
+	work  ledgerWork
+}
+
+// step makes a step of ledger.keepRows, ledger.run, or the world around them.
+func (l *killedLedger) step(name string) (err error) {
+	switch name {
+	case "fail":
+		l.failing.Store(true)
+	case "take":
+		l.lines, l.rows, err = l.unkeptRows(false)
+	case "keep":
+		err = l.outbox.append(l.lines)
+	case "kept":
+		for _, r := range l.rows {
+			l.outbox.kept[r] = true
+		}
+	case "drop":
+		l.dropOutbox()
+	case "dequeue":
+		l.flushing = true
+		l.work = l.dequeue()
+	case "commit":
+		l.writeWork(&l.work)
+	case "commit unseen": // the connection is lost before the answer comes, as can happen with PostgreSQL
+		write := l.writer.writeAll
+		l.writer.writeAll = func(ctx context.Context, w *ledgerWriter, b ledgerBatch) error {
+			return cmp.Or(write(ctx, w, b), errors.New("the connection was lost"))
+		}
+		l.writeWork(&l.work)
+		l.writer.writeAll = write
+	case "count":
+		l.markCommitted(l.work)
+	case "refuse":
+		statement := `CREATE TRIGGER refusal BEFORE INSERT ON usage_sums WHEN NEW.token = 902
+			BEGIN SELECT RAISE(ABORT, 'no'); END`
+		if l.store.backend != nil {
+			statement = `CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql
+				AS 'BEGIN RAISE check_violation; END'; CREATE TRIGGER refusal BEFORE INSERT ON usage_sums FOR EACH ROW
+				WHEN (NEW.token = 902) EXECUTE FUNCTION refuse()`
+		}
+		_, err = l.store.writeDB.Exec(statement)
+	case "accept":
+		statement := `DROP TRIGGER IF EXISTS refusal`
+		if l.store.backend != nil {
+			statement = `DROP FUNCTION IF EXISTS refuse CASCADE`
+		}
+		_, err = l.store.writeDB.Exec(statement)
+	}
+	return err
+}
+
+// TestOutboxKilledAtEachStep: whenever the program is killed between two steps of the writer and of the outbox, and
+// whichever comes first, the next start leads to one record of each row that was kept: of calls, of refused calls, and
+// of refused calls that only count in sums. So does one after a start that was killed itself.
+func TestOutboxKilledAtEachStep(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	st, discard := p.instance.store, slog.New(slog.DiscardHandler)
+	const ok, withRow = 900, 901 // tokens; 902 has refused calls without a row
+	counts := func() (n [5]int64) {
+		t.Helper()
+		for i, query := range []string{`usage_sums WHERE grain = 'hour' AND token = 900`,
+			`usage_sums WHERE grain = 'hour' AND token = 901`, `usage_sums WHERE grain = 'hour' AND token = 902`,
+			`(SELECT 1 AS calls FROM requests WHERE token = 900) r`,
+			`(SELECT 1 AS calls FROM requests WHERE token = 901) r`} {
+			var err error
+			if n[i], err = queryValue[int64](t.Context(), st.readDB, "counting",
+				`SELECT coalesce(sum(calls), 0) FROM `+query); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return n
+	}
+	scenarios := []string{
+		"fail, take, keep, kept, dequeue, commit, count, drop",
+		"fail, take, dequeue, commit, keep, count, kept, drop",
+		"fail, take, dequeue, keep, commit, kept, count, drop",
+		"dequeue, fail, take, keep, kept, commit, count, drop",
+		"fail, take, keep, take, keep, kept, dequeue, commit, count, drop",
+		"refuse, fail, take, keep, kept, dequeue, commit, count, accept, dequeue, commit, count, drop",
+		"refuse, dequeue, commit, count, take, keep, kept, accept, dequeue, commit, count, drop",
+	}
+	if st.backend != nil {
+		scenarios = append(scenarios, "dequeue, commit unseen, count, take, keep, kept")
+	}
+	for _, scenario := range scenarios {
+		steps := strings.Split(scenario, ", ")
+		for killed := 1; killed <= len(steps); killed++ {
+			file := filepath.Join(p.dir, "rows")
+			l := &killedLedger{t: t, ledger: &ledger{store: st, log: discard, writer: st.newLedgerWriter(),
+				outbox: newOutbox(file, st.chain, discard), wake: make(chan struct{}, 1)}}
+			for i, r := range testOutboxRows(6) {
+				if r.token = ok + int64(i%3); r.token == ok {
+					l.settle(&ledgerEntry{row: *r})
+					continue
+				}
+				r.outcome = outcomeRefused
+				l.recordRefused(r, r.token == withRow)
+			}
+			before := counts()
+			for _, name := range steps[:killed] {
+				if err := l.step(name); err != nil {
+					t.Fatal(name, err)
+				}
+			}
+			l.outbox.close()
+			l.writer.close()
+			if err := l.step("accept"); err != nil {
+				t.Fatal(err)
+			}
+			var kept [5]bool
+			if _, err := os.Stat(file); err == nil {
+				all, _, err := readOutbox(st.chain, file)
+				writer := st.newLedgerWriter()
+				if err == nil { // a start that is killed before it removes the file
+					_, err = recordRows(t.Context(), st, writer, all)
+				}
+				if writer.close(); err != nil {
+					t.Fatal(err)
+				}
+				if _, _, err := recordOutbox(t.Context(), st, file); err != nil {
+					t.Fatal(err)
+				}
+				for _, u := range all {
+					kept[u.row.token-ok] = true
+					kept[3], kept[4] = kept[0], kept[1] // their rows
+				}
+			}
+			after := counts()
+			for i := range after { // what was neither kept nor written may be lost
+				if n := after[i] - before[i]; n != 2 && (n != 0 || kept[i] || killed == len(steps)) {
+					t.Errorf("%s, killed after %d steps: %v became %v", scenario, killed, before, after)
+					break
+				}
+			}
+		}
 	}
 }

@@ -46,10 +46,12 @@ type backend struct {
 	// replicas learn of the change.
 	announce    func(ctx context.Context, tx *sql.Tx, seq int64, mac []byte) error
 	writeLedger func(context.Context, *ledgerWriter, ledgerBatch) error
-	size        func(context.Context) (int64, error)
-	vacuum      func(context.Context) error // removes what was overwritten from the tables with sealed values
-	problem     func() string               // why no call may be admitted, "" if one may
-	slot        func() int64                // of this process, in the ids of its calls; nil: 0
+	// recordedRows returns the number of the outboxMark that the last transaction of a process has.
+	recordedRows func(ctx context.Context, outbox string) (int64, error)
+	size         func(context.Context) (int64, error)
+	vacuum       func(context.Context) error // removes what was overwritten from the tables with sealed values
+	problem      func() string               // why no call may be admitted, "" if one may
+	slot         func() int64                // of this process, in the ids of its calls; nil: 0
 	// lastRequestID returns the highest id, at or above from, of a call with a slot; 0 if there is none.
 	lastRequestID func(ctx context.Context, slot, from int64) (int64, error)
 	// pendingRecords and deletePending concern one closed replica. 0 is a database that was copied into this one.

@@ -267,7 +267,7 @@ func (w *ledgerWriter) writeOrReduce(ctx context.Context, b ledgerBatch) error {
 	if !isRejectedRow(err) {
 		return err
 	}
-	writeOne := func(one ledgerBatch) {
+	for _, one := range b.split() {
 		if err = w.write(ctx, one); isRejectedRow(err) {
 			reduced, row := one.reduced()
 			err = w.write(ctx, reduced)
@@ -277,15 +277,11 @@ func (w *ledgerWriter) writeOrReduce(ctx context.Context, b ledgerBatch) error {
 				}
 			}
 		}
+		if err != nil {
+			return err
+		}
 	}
-	err = nil
-	for i := 0; i < len(b.records) && err == nil; i++ {
-		writeOne(ledgerBatch{records: b.records[i : i+1]})
-	}
-	for i := 0; i < len(b.sumOnlyRows) && err == nil; i++ {
-		writeOne(ledgerBatch{sumOnlyRows: b.sumOnlyRows[i : i+1]})
-	}
-	return err
+	return nil
 }
 
 // errProbed ends the transaction of a probe.
@@ -385,9 +381,9 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 	if len(b.records)+len(b.sumOnlyRows)+len(b.endedBatchIDs) == 0 {
 		return nil
 	}
-	if b.delivered.lines > 0 {
+	if b.delivered.number > 0 {
 		if err := w.exec(ctx, stmtDelivered, outboxSetting+b.delivered.id,
-			strconv.FormatInt(b.delivered.lines, 10)); err != nil {
+			strconv.FormatUint(b.delivered.number, 10)); err != nil {
 			return fmt.Errorf("noting which kept calls are recorded: %w", err)
 		}
 	}
@@ -411,14 +407,14 @@ func (w *ledgerWriter) writeBatch(ctx context.Context, b ledgerBatch) error {
 	}
 	for _, r := range b.sumOnlyRows {
 		if r.usageOf != 0 {
-			if err := w.recordLateUsage(ctx, r); err != nil {
+			if err := w.recordLateUsage(ctx, r.requestRow); err != nil {
 				return fmt.Errorf("recording the usage of a response or batch: %w", err)
 			}
 			if !r.counted {
 				continue // it was known already
 			}
 		}
-		tally.add(r)
+		tally.add(r.requestRow)
 	}
 	for k, amount := range tally.limitUses {
 		if err := w.exec(ctx, stmtLimitUse, k.project, k.token, k.rule, k.value, k.windowStart, k.windowEnd,

@@ -193,7 +193,8 @@ func newPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *postgre
 func (p *postgres) backend() *backend {
 	return &backend{
 		version: p.version, differences: p.differences, startTx: p.startTx, writeLedger: p.writer.write,
-		size: p.size, vacuum: p.vacuum, problem: p.cluster.problem, watch: p.cluster.watch, close: p.close,
+		recordedRows: p.recordedRows, size: p.size, vacuum: p.vacuum, problem: p.cluster.problem,
+		watch: p.cluster.watch, close: p.close,
 		slot: p.slot.Load, lastRequestID: p.lastRequestID, recoverClosed: p.recoverClosed,
 		pendingRecords: p.pendingRecords, deletePending: p.deletePending, mergeSlots: p.mergeSlots,
 		listReplicas: p.listReplicas, ask: p.cluster.ask, announce: p.announce, isLeader: p.cluster.isLeader,

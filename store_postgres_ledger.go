@@ -153,7 +153,7 @@ func (l *postgresLedger) write(ctx context.Context, w *ledgerWriter, b ledgerBat
 		return err
 	}
 	if b.probe {
-		return l.inTx(ctx, nil, func() error {
+		return l.inTx(ctx, nil, outboxMark{}, func() error {
 			if err := l.insertPending(ctx, l.tx, &b); err != nil {
 				return err
 			}
@@ -169,26 +169,39 @@ func (l *postgresLedger) write(ctx context.Context, w *ledgerWriter, b ledgerBat
 	known := func(r *requestRow) bool { return l.committed[r] }
 	rest := b
 	rest.records = slices.DeleteFunc(slices.Clone(b.records), known)
-	rest.sumOnlyRows = slices.DeleteFunc(slices.Clone(b.sumOnlyRows), known)
+	rest.sumOnlyRows = slices.DeleteFunc(slices.Clone(b.sumOnlyRows),
+		func(r sumOnlyRow) bool { return known(r.requestRow) })
+	var mark outboxMark
+	if b.delivered.running { // as any other mark, it is a setting, which is one more statement
+		mark, rest.delivered = b.delivered, mark
+	}
 	orphans := slices.DeleteFunc(slices.Clone(l.orphans), func(id int64) bool { return id == b.pendingBatchID })
 	rest.endedBatchIDs = slices.Concat(b.endedBatchIDs, orphans)
 	if len(rest.records)+len(rest.sumOnlyRows)+len(rest.endedBatchIDs) > 0 {
-		rows := slices.Concat(rest.records, rest.sumOnlyRows)
-		err := l.inTx(ctx, rows, func() error { return l.writeRows(ctx, w, rest) })
+		err := l.inTx(ctx, rest.rows(), mark, func() error { return l.writeRows(ctx, w, rest) })
 		for attempts := 1; attempts < 5 && mayRepeat(err); attempts++ {
 			clear(w.prices)
 			w.lastPrice = nil
-			err = l.inTx(ctx, rows, func() error { return l.writeRows(ctx, w, rest) })
+			err = l.inTx(ctx, rest.rows(), mark, func() error { return l.writeRows(ctx, w, rest) })
 		}
 		if err != nil {
 			return err
 		}
 	}
-	for _, r := range slices.Concat(b.records, b.sumOnlyRows) {
+	for _, r := range b.rows() {
 		delete(l.committed, r)
 	}
 	l.orphans = l.orphans[:0]
 	return nil
+}
+
+// rows returns all rows of the batch.
+func (b *ledgerBatch) rows() []*requestRow {
+	rows := slices.Clone(b.records)
+	for _, r := range b.sumOnlyRows {
+		rows = append(rows, r.requestRow)
+	}
+	return rows
 }
 
 // mayRepeat reports whether the server ended a transaction so that another one could go on: a deadlock, or a lock that
@@ -223,8 +236,9 @@ func (l *postgresLedger) explainMissingRow(ctx context.Context, db querier) erro
 	return err
 }
 
-// inTx runs fn, which writes rows, in a transaction that has a number of its own in ledger_commits.
-func (l *postgresLedger) inTx(ctx context.Context, rows []*requestRow, fn func() error) (err error) {
+// inTx runs fn, which writes rows, in a transaction that has a number of its own in ledger_commits. mark is true once
+// it is committed.
+func (l *postgresLedger) inTx(ctx context.Context, rows []*requestRow, mark outboxMark, fn func() error) (err error) {
 	if l.tx, err = l.ledgerDB.BeginTx(ctx, nil); err != nil {
 		return fmt.Errorf("beginning a transaction: %w", err)
 	}
@@ -239,8 +253,10 @@ func (l *postgresLedger) inTx(ctx context.Context, rows []*requestRow, fn func()
 	if l.recovery {
 		return l.tx.Commit()
 	}
-	if _, err := execCount(ctx, l.tx, "numbering a transaction",
-		`UPDATE ledger_commits SET seq = ? WHERE replica = ?`, l.seq, l.replica); err != nil {
+	if _, err := execCount(ctx, l.tx, "numbering a transaction", `
+		UPDATE ledger_commits SET seq = ?1::bigint, recorded = greatest(recorded, ?2::bigint),
+			outbox = CASE WHEN ?2::bigint > 0 THEN ?3::text ELSE outbox END
+		WHERE replica = ?4`, l.seq, int64(mark.number), mark.id, l.replica); err != nil {
 		return err
 	}
 	err = l.tx.Commit()
@@ -424,6 +440,12 @@ func (p *postgres) deletePending(ctx context.Context, replica int64) error {
 		_, err := execCount(ctx, tx, "deleting pending records", `DELETE FROM begun WHERE replica = ?`, replica)
 		return err
 	})
+}
+
+// recordedRows is backend.recordedRows.
+func (p *postgres) recordedRows(ctx context.Context, outbox string) (int64, error) {
+	return queryValue[int64](ctx, p.store.readDB, "looking for the last recorded row",
+		`SELECT coalesce(max(recorded), 0) FROM ledger_commits WHERE outbox = ?`, outbox)
 }
 
 // lastRequestID is backend.lastRequestID.

@@ -34,6 +34,7 @@ const (
 	closeTimeout    = 5 * time.Second
 	maxAnswerTime   = 10 * time.Second
 	answerPoll      = 10 * time.Millisecond
+	keptCommits     = 10_000 // of so many processes the last commit is known
 )
 
 // lockOut takes one of the locks that others wait for, until the function that it returns is called.
@@ -155,7 +156,6 @@ func (p *postgres) register(ctx context.Context) error {
 		}
 	}
 	for _, statement := range []string{
-		`DELETE FROM ledger_commits c USING replicas r WHERE r.id = c.replica AND r.recovered_at < ?`,
 		`DELETE FROM replica_beats b USING replicas r WHERE r.id = b.replica AND r.recovered_at < ?`,
 		`DELETE FROM lease_exchanges e USING replicas r WHERE r.id = e.replica AND r.recovered_at < ?`,
 		`DELETE FROM replicas r WHERE r.recovered_at < ?`,
@@ -163,6 +163,12 @@ func (p *postgres) register(ctx context.Context) error {
 		if _, err := execCount(ctx, tx, "deleting old replicas", statement, now-dayMS); err != nil {
 			return err
 		}
+	}
+	// A machine may be off for long before it is started with the file of rows that its last process has left.
+	if _, err := execCount(ctx, tx, "deleting old commits", `
+		DELETE FROM ledger_commits c WHERE replica < ?
+			AND NOT EXISTS (SELECT 1 FROM replicas r WHERE r.id = c.replica)`, p.replica-keptCommits); err != nil {
+		return err
 	}
 	if err := tx.Commit(); err != nil {
 		return fmt.Errorf("committing: %w", err)

@@ -227,6 +227,52 @@ func (s *store) batchMaker(ctx context.Context, object string) (requestRow, erro
 		FROM batches b LEFT JOIN requests r ON r.id = b.call WHERE b.object = ?`, object)
 }
 
+// addUsage adds what another row has used. Their prices and conditions are the same, but for the multiplier.
+func (r *requestRow) addUsage(o *requestRow) {
+	r.counts.input = addSat(r.counts.input, o.counts.input)
+	r.counts.cached = addSat(r.counts.cached, o.counts.cached)
+	r.counts.cacheWrite = addSat(r.counts.cacheWrite, o.counts.cacheWrite)
+	r.counts.output = addSat(r.counts.output, o.counts.output)
+	r.counts.reasoning = addSat(r.counts.reasoning, o.counts.reasoning)
+	r.counts.audioInput = addSat(r.counts.audioInput, o.counts.audioInput)
+	r.counts.audioOutput = addSat(r.counts.audioOutput, o.counts.audioOutput)
+	r.cost, r.promptSaved = addSat(r.cost, o.cost), addSat(r.promptSaved, o.promptSaved)
+	multiplier := o.details.multiplier
+	more := o.details.counts()
+	for i, c := range r.details.counts() {
+		*c.count = addSat(*c.count, *more[i].count)
+	}
+	r.details.multiplier = multiplier
+	if o.source == usageEstimated {
+		r.source = usageEstimated
+	}
+}
+
+// A batchUsage is what answers of one model have used: those that have a known price, or those that do not.
+type batchUsage struct {
+	requestRow
+	lines int64
+}
+
+// withoutCounted returns the part of what was read of the results of a batch that was not counted before.
+func (u *batchUsage) withoutCounted(counted *batchUsage) batchUsage {
+	rest := *u
+	for i, n := range counted.columns() {
+		more := rest.columns()[i].(*int64)
+		*more = max(*more-*n.(*int64), 0)
+	}
+	if counted.lines > 0 { // the rest is made of several sums
+		rest.price, rest.details = nil, usageDetails{tier: u.details.tier, multiplier: u.details.multiplier}
+	}
+	return rest
+}
+
+// columns returns the counters that batch_usage has, in the order of its columns.
+func (u *batchUsage) columns() []any {
+	return []any{&u.lines, &u.counts.input, &u.counts.cached, &u.counts.cacheWrite, &u.counts.output,
+		&u.counts.reasoning, &u.cost, &u.promptSaved}
+}
+
 // countedUsage returns what was counted of the results in an object of one model, with and without a known price.
 func (s *store) countedUsage(ctx context.Context, object, model string) ([]batchUsage, error) {
 	return collect(ctx, s.readDB, "reading what was counted of a batch", func(u *batchUsage) []any {

@@ -131,52 +131,6 @@ func (r *requestRow) countReserved() {
 	r.counts, r.source = tokenCounts{input: r.reservedInput, output: r.reservedOutput}, usageEstimated
 }
 
-// addUsage adds what another row has used. Their prices and conditions are the same, but for the multiplier.
-func (r *requestRow) addUsage(o *requestRow) {
-	r.counts.input = addSat(r.counts.input, o.counts.input)
-	r.counts.cached = addSat(r.counts.cached, o.counts.cached)
-	r.counts.cacheWrite = addSat(r.counts.cacheWrite, o.counts.cacheWrite)
-	r.counts.output = addSat(r.counts.output, o.counts.output)
-	r.counts.reasoning = addSat(r.counts.reasoning, o.counts.reasoning)
-	r.counts.audioInput = addSat(r.counts.audioInput, o.counts.audioInput)
-	r.counts.audioOutput = addSat(r.counts.audioOutput, o.counts.audioOutput)
-	r.cost, r.promptSaved = addSat(r.cost, o.cost), addSat(r.promptSaved, o.promptSaved)
-	multiplier := o.details.multiplier
-	more := o.details.counts()
-	for i, c := range r.details.counts() {
-		*c.count = addSat(*c.count, *more[i].count)
-	}
-	r.details.multiplier = multiplier
-	if o.source == usageEstimated {
-		r.source = usageEstimated
-	}
-}
-
-// A batchUsage is what answers of one model have used: those that have a known price, or those that do not.
-type batchUsage struct {
-	requestRow
-	lines int64
-}
-
-// withoutCounted returns the part of what was read of the results of a batch that was not counted before.
-func (u *batchUsage) withoutCounted(counted *batchUsage) batchUsage {
-	rest := *u
-	for i, n := range counted.columns() {
-		more := rest.columns()[i].(*int64)
-		*more = max(*more-*n.(*int64), 0)
-	}
-	if counted.lines > 0 { // the rest is made of several sums
-		rest.price, rest.details = nil, usageDetails{tier: u.details.tier, multiplier: u.details.multiplier}
-	}
-	return rest
-}
-
-// columns returns the counters that batch_usage has, in the order of its columns.
-func (u *batchUsage) columns() []any {
-	return []any{&u.lines, &u.counts.input, &u.counts.cached, &u.counts.cacheWrite, &u.counts.output,
-		&u.counts.reasoning, &u.cost, &u.promptSaved}
-}
-
 // nullUnless returns v, or nil, which is NULL in SQL.
 func nullUnless(ok bool, v int64) any {
 	if ok {
@@ -189,17 +143,36 @@ func nullUnless(ok bool, v int64) any {
 
 // A ledgerEntry is one call on its way into the ledger.
 type ledgerEntry struct {
-	row   requestRow // the caller's until settle; read-only from then on
-	batch *pendingBatch
+	row    requestRow // the caller's until settle; read-only from then on
+	batch  *pendingBatch
+	number uint64 // in the ledger's queue, as of a sumOnlyRow
 }
 
-// An outboxMark names the first lines of a file of rows that the database did not take; see outbox.go.
+// A sumOnlyRow is a call, or usage that has become known after one, that only counts in the sums. number is that of its
+// place among all rows that its process has ever queued.
+type sumOnlyRow struct {
+	*requestRow
+	number uint64
+}
+
+// An outboxMark says that the database has all rows that a process has queued up to a number. A transaction with such
+// rows contains it, so that the rows in the process's file of unwritten rows are recorded once: see outbox.go. The
+// number 0 says nothing.
 type outboxMark struct {
-	id    string
-	lines int64
+	id      string // of the process
+	number  uint64
+	running bool // it is this process
 }
 
-// outboxSetting begins the name of a setting that says how many lines of such a file are recorded.
+// upTo returns the same mark with another number.
+func (m outboxMark) upTo(number uint64) outboxMark {
+	if m.number == 0 {
+		return m
+	}
+	return outboxMark{m.id, number, m.running}
+}
+
+// outboxSetting begins the name of a setting with the number of an outboxMark.
 const outboxSetting = "outbox "
 
 // A ledgerBatch is what one transaction writes.
@@ -208,8 +181,8 @@ type ledgerBatch struct {
 	pendingRecordsJSON []byte        // those calls, in the form of the table begun
 	records            []*requestRow // calls that have ended
 	endedBatchIDs      []int64       // batches whose last calls are among them
-	sumOnlyRows        []*requestRow // calls that only count in the sums
-	delivered          outboxMark    // lines of a file that the rows are from
+	sumOnlyRows        []sumOnlyRow  // calls that only count in the sums
+	delivered          outboxMark    // what is recorded once the batch is
 	probe              bool          // write nothing, only find out whether it could be written
 }
 
@@ -220,10 +193,23 @@ func (b *ledgerBatch) reduced() (_ ledgerBatch, row *requestRow) {
 		row = b.records[0]
 		reduced.records = []*requestRow{row.reduced()}
 	} else {
-		row = b.sumOnlyRows[0]
-		reduced.sumOnlyRows = []*requestRow{row.reduced()}
+		row = b.sumOnlyRows[0].requestRow
+		reduced.sumOnlyRows = []sumOnlyRow{{row.reduced(), b.sumOnlyRows[0].number}}
 	}
 	return reduced, row
+}
+
+// split returns a batch for each row, in an order in which each one's mark is true. Rows of calls have ids and need no
+// mark.
+func (b *ledgerBatch) split() (out []ledgerBatch) {
+	for i := range b.records {
+		out = append(out, ledgerBatch{records: b.records[i : i+1]})
+	}
+	for i := range b.sumOnlyRows {
+		out = append(out, ledgerBatch{sumOnlyRows: b.sumOnlyRows[i : i+1],
+			delivered: b.delivered.upTo(b.sumOnlyRows[i].number)})
+	}
+	return out
 }
 
 // A pendingBatch is the pending records of calls that begin together, a row of the table begun. The ledger's
@@ -251,7 +237,7 @@ func (b *pendingBatch) add(id int64, record []byte) {
 
 // buildLedgerBatch makes a batch of what was queued, and updates the pending batches as if it were written;
 // undo reverts that.
-func buildLedgerBatch(pending *pendingBatch, settled []*ledgerEntry, sums []*requestRow) (b ledgerBatch, undo func()) {
+func buildLedgerBatch(pending *pendingBatch, settled []*ledgerEntry, sums []sumOnlyRow) (b ledgerBatch, undo func()) {
 	b.sumOnlyRows = sums
 	if pending != nil {
 		pending.written = true
