@@ -457,7 +457,7 @@ func TestCallsSorted(t *testing.T) {
 				if m := regexp.MustCompile(`href="([^"]*)" rel="next"`).FindStringSubmatch(page); m != nil {
 					next = html.UnescapeString(m[1])
 				}
-				if !strings.Contains(page, `aria-sort="`) || strings.Contains(page, "Sorted are the latest") {
+				if !strings.Contains(page, `aria-sort="`) || strings.Contains(page, "Only the latest") {
 					t.Errorf("order %s: the page does not show its order, or that it is not of all calls", path)
 				}
 			}
@@ -477,7 +477,7 @@ func TestCallsSorted(t *testing.T) {
 		u.instance.ledger.recordRefused(row, true)
 	}
 	u.waitSettled()
-	if page := b.get("/admin/requests?order=-cost").body; !strings.Contains(page, "Sorted are the latest 1,000 calls") {
+	if page := b.get("/admin/requests?order=-cost").body; !strings.Contains(page, "Only the latest 1,000 matching calls are sorted") {
 		t.Error("the page does not say that more calls match than it sorts")
 	}
 	if res := b.get("/admin/requests?order=x"); !strings.Contains(res.body, "There is no such order.") {

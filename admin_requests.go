@@ -264,7 +264,7 @@ func (ui *adminUI) sortRequests(r *pageRequest, v *requestsView, f requestFilter
 		return err
 	}
 	if next != 0 {
-		v.Hint = "Sorted are the latest " + pluralize(int64(len(rows)), "call", "calls") + " that match, not all. " +
+		v.Hint = "Only the latest " + pluralize(int64(len(rows)), "matching call is", "matching calls are") + " sorted. " +
 			"Choose a shorter period to sort all of its calls."
 	}
 	v.addRows(sortedPage(r, &v.listView, rows, v.Order, func(c *requestView) sortKey {

@@ -89,11 +89,12 @@ export class Visitor {
     await this.page.setViewportSize({ width: 1280, height: 850 });
   }
 
-  // picture saves a screenshot in the directory LLM_PROXY_PICTURES, if that is set.
+  // picture saves a screenshot in the directory LLM_PROXY_PICTURES, if that is set. Of a very long page it has the beginning.
   async picture(name) {
     const dir = process.env.LLM_PROXY_PICTURES;
     if (!dir) return;
     mkdirSync(dir, { recursive: true });
-    await this.page.screenshot({ path: join(dir, `${name}.png`), fullPage: true });
+    const { width, height } = await this.page.evaluate(() => ({ width: innerWidth, height: document.documentElement.scrollHeight }));
+    await this.page.screenshot({ path: join(dir, `${name}.png`), fullPage: true, clip: { x: 0, y: 0, width, height: Math.min(height, 8000) }, timeout: 60_000 });
   }
 }

@@ -137,6 +137,8 @@ for (const p of document.querySelectorAll("form.filters .segments input")) {
 // Times are shown in the browser's time zone; hovering shows them in UTC.
 function localTimes(root) {
   const two = (n) => String(n).padStart(2, "0");
+  const zone = new Intl.DateTimeFormat("en-GB", { timeZoneName: "short" }).formatToParts().find((p) => p.type === "timeZoneName");
+  const zoneName = zone ? zone.value : "local time";
   for (const e of root.querySelectorAll("time[data-show]")) {
     const at = new Date(e.dateTime);
     if (isNaN(at)) continue;
@@ -144,10 +146,10 @@ function localTimes(root) {
     const minute = `${two(at.getHours())}:${two(at.getMinutes())}`, second = two(at.getSeconds());
     const utc = e.dateTime.replace("T", " ").replace("Z", " UTC");
     e.title = e.title ? `${utc}, ${e.title}` : utc;
+    if (e.dataset.in) e.dataset.in = zoneName;
     e.textContent = { minute: `${date} ${minute}`, second: `${date} ${minute}:${second}`, clock: `${minute}:${second}`, date }[e.dataset.show];
   }
-  const zone = new Intl.DateTimeFormat("en-GB", { timeZoneName: "short" }).formatToParts().find((p) => p.type === "timeZoneName");
-  for (const e of root.querySelectorAll("[data-zone]")) e.textContent = zone ? zone.value : "local time";
+  for (const e of root.querySelectorAll("[data-zone]")) e.textContent = zoneName;
 }
 
 // Parts of a page with data-refresh and an id are fetched again at the interval that was chosen for the page, while the
