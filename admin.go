@@ -281,6 +281,42 @@ func (ui *adminUI) pageHandler(rt adminRoute) http.Handler {
 	})
 }
 
+// sessionCheckInterval is how soon a response that takes long ends after its session.
+const sessionCheckInterval = 500 * time.Millisecond
+
+// watchSession calls end when the session of a request that was let in has ended, for example with its key, or when its
+// role has become lower. It returns then, or when ctx is done.
+func (ui *adminUI) watchSession(ctx context.Context, r *pageRequest, end func()) {
+	ticker := time.NewTicker(sessionCheckInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		current := ui.newPageRequest(r.http)
+		current.ctx = ctx
+		err := ui.loadSession(current)
+		if err == nil && (current.session == nil || !current.hasRole(r.actor.role)) {
+			end()
+			return
+		}
+	}
+}
+
+// A connListener accepts one connection, which is in the channel.
+type connListener chan net.Conn
+
+func (l connListener) Addr() net.Addr { return &net.UnixAddr{} }
+func (l connListener) Close() error   { close(l); return nil }
+func (l connListener) Accept() (net.Conn, error) {
+	if conn, ok := <-l; ok {
+		return conn, nil
+	}
+	return nil, net.ErrClosed
+}
+
 const maxFormBytes = 1 << 20
 
 // authorizePage loads the session, checks the role and reads the query and the form.

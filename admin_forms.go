@@ -6,6 +6,7 @@ package main
 
 import (
 	"cmp"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,7 +16,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -46,6 +46,7 @@ type formField struct {
 	Advanced                 bool   // it is hidden until someone opens the advanced fields
 	Default                  string // the value, besides an empty one, with which they stay closed
 	Note                     string // is shown below the field
+	Heading, HeadingHelp     string // of the fields that begin with it, and the name of a text about them
 	Focus                    bool   // it is the first with an error
 	Empty                    emptyField
 	stored                   string
@@ -92,7 +93,7 @@ func formFields[I, R any](fields []field[I, R], names ...string) []*formField {
 		f := fields[slices.IndexFunc(fields, func(f field[I, R]) bool { return f.name == name })]
 		form = append(form, &formField{Name: name, Label: f.label, Kind: f.kind, Placeholder: f.placeholder,
 			Help: f.help, Required: f.required, Empty: f.empty, Options: fieldOptions(name),
-			Short: name == "provider" || name == "overlap_minutes"})
+			Short: name == "provider" || name == "overlap_minutes" || name == "role"})
 	}
 	return form
 }
@@ -103,10 +104,7 @@ func fieldOptions(name string) []option {
 	case "provider":
 		return providerOptions()
 	case "role":
-		return options(
-			string(roleViewer), "Viewer: can see everything except keys, the audit trail and settings",
-			string(roleOperator), "Operator: can also create, change and revoke tokens",
-			string(roleAdmin), "Admin: can do everything")
+		return options(string(roleViewer), "Viewer", string(roleOperator), "Operator", string(roleAdmin), "Admin")
 	case "overlap_minutes":
 		return options("0", "Revoke it now (leaked)", "60", "1 hour", "1440", "1 day", "10080", "7 days",
 			"43200", "30 days")
@@ -280,8 +278,9 @@ func mustMarshal(v any) json.RawMessage {
 
 // A formView is the data of templates/form.html.
 type formView struct {
-	Crumb  option // the page above this one: its address and title
-	Intro  string // names a text of the template, "" for none
+	Crumb  option   // the page above this one: its address and title
+	Crumbs []option // all pages above this one
+	Intro  string   // names a text of the template, "" for none
 	Form   *pageForm
 	Policy *policyForm // nil: the form has none
 	Likes  []option    // projects that a new one can start like
@@ -293,7 +292,7 @@ type formView struct {
 // input, whose fields are given by name, and runs the operation, which returns the page that follows.
 func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.Values, input map[string]any,
 	run func() (*pageResponse, error)) (*pageResponse, error) {
-	v.Form.Action = r.http.URL.Path
+	v.Form.Action, v.Crumbs = r.http.URL.Path, crumbsTo(v.Crumb)
 	if like := r.query.Get("like"); like != "" {
 		v.Form.Action += "?like=" + url.QueryEscape(like)
 	}
@@ -429,10 +428,37 @@ func jsonNumber(text string) json.RawMessage {
 type notice struct {
 	Name  string
 	Count int64 // of the objects that the form changed
-	// Key describes the test of the provider's key that was entered; "": there was none.
-	Key      string
-	KeyWorks bool
-	test     *keyTest
+	Keys  []keyNotice
+	tests []namedKeyTest // of the providers' keys that were entered
+}
+
+// A namedKeyTest is the test of an upstream's key.
+type namedKeyTest struct {
+	keyTest
+	upstream string // its name, as far as the cookie has room for it
+}
+
+// maxShownTests bounds the tests in a notice, and so the size of its cookie.
+const maxShownTests = 20
+
+// A keyNotice describes the test of a key.
+type keyNotice struct {
+	Text  string
+	Works bool
+}
+
+// describeTests fills in what the page says about the keys. One needs no name, because the form was about that key.
+func (n *notice) describeTests() {
+	for _, t := range n.tests {
+		line := keyNotice{t.summary(), t.result == keyTestAccepted}
+		if !line.Works && n.Name != "key-tested" {
+			line.Text += " It was saved anyway."
+		}
+		if len(n.tests) > 1 {
+			line.Text = t.upstream + ": " + line.Text
+		}
+		n.Keys = append(n.Keys, line)
+	}
 }
 
 const noticeCookieSeconds = 60 // for the browser to load the page
@@ -445,28 +471,28 @@ func (n notice) cookie(secure bool) *http.Cookie {
 	c.Name = noticeCookieName(secure)
 	if n.Name != "" {
 		c.Value, c.MaxAge = n.Name+"."+formatInt(n.Count), noticeCookieSeconds
-		if t := n.test; t != nil {
-			c.Value += fmt.Sprintf(".%s.%d.%d.%t.%s", t.result, t.status, t.models, t.more, t.code)
+		for _, t := range n.tests {
+			c.Value += fmt.Sprintf("/%s.%d.%d.%t.%s.%s", t.result, t.status, t.models, t.more, t.code,
+				base64.RawURLEncoding.EncodeToString([]byte(clip(t.upstream, 40))))
 		}
 	}
 	return c
 }
 
-// parseKeyTest reads the test of a key from the cookie with a notice. It returns nil if there is none.
-func parseKeyTest(text string) *keyTest {
+// parseKeyTest reads the test of a key from the cookie with a notice.
+func parseKeyTest(text string) (t namedKeyTest, ok bool) {
 	parts := strings.Split(text, ".")
-	if len(parts) != 5 {
-		return nil
+	if len(parts) != 6 {
+		return t, false
 	}
-	t := &keyTest{result: keyTestResult(parts[0]), more: parts[3] == "true", code: parts[4]}
+	t.result, t.more, t.code = keyTestResult(parts[0]), parts[3] == "true", parts[4]
+	name, nameErr := base64.RawURLEncoding.DecodeString(parts[5])
 	var statusErr, modelsErr error
 	t.status, statusErr = strconv.Atoi(parts[1])
 	t.models, modelsErr = strconv.Atoi(parts[2])
-	if statusErr != nil || modelsErr != nil || !slices.Contains(keyTestResults(), t.result) ||
-		t.code != "" && !isCode(t.code) {
-		return nil
-	}
-	return t
+	t.upstream = strings.ToValidUTF8(string(name), "")
+	return t, errors.Join(statusErr, modelsErr, nameErr) == nil && slices.Contains(keyTestResults(), t.result) &&
+		(t.code == "" || isCode(t.code))
 }
 
 // notice returns the notice of the request, an empty one if there is none. A page that refreshes a part of
@@ -477,44 +503,21 @@ func (r *pageRequest) notice() notice {
 		return notice{}
 	}
 	name, rest, _ := strings.Cut(cookies[0].Value, ".")
-	count, test, hasTest := strings.Cut(rest, ".")
-	n, err := strconv.ParseInt(count, 10, 64)
-	v := notice{Name: name, Count: n, test: parseKeyTest(test)}
-	if err != nil || n < 0 || hasTest != (v.test != nil) {
+	parts := strings.Split(rest, "/")
+	n, err := strconv.ParseInt(parts[0], 10, 64)
+	v := notice{Name: name, Count: n}
+	if err != nil || n < 0 || len(parts) > 1+maxShownTests {
 		return notice{}
 	}
-	if hasTest {
-		v.Key, v.KeyWorks = v.test.summary(), v.test.result == keyTestAccepted
-		if !v.KeyWorks && name != "key-tested" {
-			v.Key += " It was saved anyway."
+	for _, part := range parts[1:] {
+		t, ok := parseKeyTest(part)
+		if !ok {
+			return notice{}
 		}
+		v.tests = append(v.tests, t)
 	}
+	v.describeTests()
 	return v
-}
-
-// testKeys adds what the provider says about the keys of upstreams to the page that follows. Of several keys it shows
-// one that does not work, if there is one.
-func (ui *adminUI) testKeys(r *pageRequest, p *pageResponse, upstreams ...upstreamRow) *pageResponse {
-	tests := make([]*keyTest, len(upstreams))
-	var running sync.WaitGroup
-	for i := range upstreams {
-		running.Go(func() {
-			t, err := ui.ops.testKey(r.ctx, r.origin, upstreams[i].projectID, upstreams[i].id)
-			if err != nil { // it is stored nevertheless
-				ui.log.Error("a key could not be tested", "request_id", r.origin.requestID, "upstream", upstreams[i].id,
-					"error", err)
-				return
-			}
-			tests[i] = &t
-		})
-	}
-	running.Wait()
-	for _, t := range tests {
-		if t != nil && (p.notice.test == nil || p.notice.test.result == keyTestAccepted) {
-			p.notice.test = t
-		}
-	}
-	return p
 }
 
 // addRouting adds the routing of a project and its cost multiplier to the advanced fields of a form.
@@ -613,23 +616,25 @@ func (f *pageForm) showErrors(err error, policy *policyForm) (status int, other 
 		}
 		status = max(status, s)
 	}
-	f.focusFirstMistake(policy)
+	f.sortMistakes(policy)
 	return status, nil
 }
 
-// splitMistakes returns the mistakes that are joined in an error; the error itself if it is anything else.
-func splitMistakes(err error) []error {
+// splitMistakes returns the mistakes that are joined in an error; the error itself if it has anything else.
+func splitMistakes(err error) (mistakes []error) {
 	joined, ok := err.(interface{ Unwrap() []error })
 	if !ok {
 		return []error{err}
 	}
-	parts := joined.Unwrap()
-	for _, part := range parts {
-		if _, ok := errors.AsType[*fieldError](part); !ok {
-			return []error{err}
+	for _, part := range joined.Unwrap() {
+		for _, mistake := range splitMistakes(part) {
+			if _, ok := errors.AsType[*fieldError](mistake); !ok {
+				return []error{err}
+			}
+			mistakes = append(mistakes, mistake)
 		}
 	}
-	return parts
+	return mistakes
 }
 
 // showError shows one mistake.
@@ -665,8 +670,13 @@ func (f *pageForm) showFieldError(fields []*formField, fe *fieldError) bool {
 	if i < 0 {
 		return false
 	}
-	fields[i].Error = fields[i].Label + " " + f.inWords(strings.TrimSuffix(fe.msg, ".")) + "."
-	f.Mistakes = append(f.Mistakes, formMistake{fieldID(fields[i].Name), fields[i].Error})
+	field := fields[i]
+	field.Error = field.Label + " " + f.inWords(strings.TrimSuffix(fe.msg, ".")) + "."
+	isText := field.Kind == "" || field.Kind == "text" || field.Kind == "password"
+	if isText && field.Required && field.Value == "" && field.Note == "" { // the note says that a password was sent
+		field.Error = field.Label + " is required."
+	}
+	f.Mistakes = append(f.Mistakes, formMistake{fieldID(field.Name), field.Error})
 	return true
 }
 

@@ -251,14 +251,14 @@ func TestAdminMistakes(t *testing.T) {
 	newProject, newToken := "/admin/projects/new", "/admin/tokens/new"
 	token := "/admin/tokens/" + p.tokenID
 	for _, c := range []struct{ path, name, value, field, says string }{
-		{path: newProject, name: "name", value: "", says: "must have 1 to 100 bytes"},
+		{path: newProject, name: "name", value: "", says: "Name is required."},
 		{path: newProject, name: "name", value: "taken", says: "is already taken"},
 		{path: newProject, name: "base_url", value: "https://x.test", field: "api_key", says: "is required"},
 		{path: newProject, name: "provider", value: "azure", field: "api_key", says: "is required"},
 		{path: newProject, name: "policy.models", value: "a*b", says: "only at the end"},
 		{path: newProject, name: "policy.endpoints", value: "chat", says: "must name endpoints"},
 		{path: newProject, name: "policy.addresses", value: "10.0.0.1/8", says: "10.0.0.1/8 is neither"},
-		{path: newProject, name: "policy.limits[0].max", value: "many", says: "must be a whole number"},
+		{path: newProject, name: "policy.limits[0].max", value: "many", says: "must be dollars from 0"},
 		{path: newProject, name: "policy.cache.ttl_seconds", value: "1h", says: "must be a whole number"},
 		{path: project, name: "policy.cache.ttl_seconds", value: "0", says: "must be from 1 to 2592000"},
 		{path: project, name: "policy.cache.endpoints", value: "/v1/files", field: "policy.cache.ttl_seconds",
@@ -270,7 +270,7 @@ func TestAdminMistakes(t *testing.T) {
 		{path: project, name: "policy.attribution.required", value: "user", says: "must list some of"},
 		{path: newToken, name: "policy.attribution.fixed_tags", value: "team", says: "must be an object such as"},
 		{path: token + "/edit", name: "policy.attribution.fixed_tags", value: "team = a b", says: "must be an object"},
-		{path: project, name: "policy.limits[0].max", value: "-1", says: "must be a whole number"},
+		{path: project, name: "policy.limits[0].max", value: "-1", says: "must be dollars from 0"},
 		{path: project, name: "routing.fallbacks", value: "gpt", says: "must have lines"},
 		{path: project, name: "routing.fallbacks", value: "gpt = a b", says: "must be a model"},
 		{path: project, name: "routing.aliases", value: "fast", says: "must have lines"},
@@ -292,7 +292,7 @@ func TestAdminMistakes(t *testing.T) {
 		{path: token + "/rotate", name: "overlap_minutes", value: "-1", says: "must be from 0"},
 		{path: "/admin/keys/new", name: "role", value: "god", says: "must be viewer"},
 		{path: "/admin/keys/" + keyID + "/edit", name: "expires_at", value: "soon", says: "must be a time"},
-		{path: "/admin/prices/new", name: "match", value: "", says: "must be a model"},
+		{path: "/admin/prices/new", name: "match", value: "", says: "Model is required."},
 		{path: "/admin/prices/new", name: "input", value: "-5", says: "must be dollars"},
 		{path: project, name: "cost_multiplier", value: "0", says: "must be a number"},
 		{path: upstream, name: "cost_multiplier", value: "101", says: "must be a number"},
@@ -347,7 +347,8 @@ func TestAdminMistakesSummary(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
 	b := p.signIn(p.adminKey)
-	upstream := "/admin/projects/" + p.project + "/upstreams/" + p.upstream + "/edit"
+	upstreams := "/admin/projects/" + p.project + "/upstreams"
+	upstream := upstreams + "/" + p.upstream + "/edit"
 	for _, c := range []struct {
 		path  string
 		set   map[string]string
@@ -360,12 +361,25 @@ func TestAdminMistakesSummary(t *testing.T) {
 		{"/admin/tokens/new", map[string]string{"name": " ", "max_requests": "-1", "idle_expiry_minutes": "0"},
 			"name", map[string]string{"f-name": "Name must", "f-max_requests": "or more, or empty (unlimited).",
 				"f-idle_expiry_minutes": "at most 100 years, or empty."}},
-		{"/admin/projects/new", map[string]string{"name": "x", "policy.limits[0].max": "9", "policy.limits[0].per": ""},
+		{"/admin/projects/new", map[string]string{"name": "x", "policy.limits[0].count": "requests",
+			"policy.limits[0].max": "9", "policy.limits[0].per": ""},
 			"policy.limits[0].per", map[string]string{
 				"limit-0-per": "Limit 1: Period must be second, minute, hour, day, week, month or in total."}},
 		{"/admin/projects/new", map[string]string{"name": "", "policy.limits[0].max": "9",
 			"policy.limits[0].count": "dollars", "policy.limits[0].per": "minute"}, "name", map[string]string{
-			"f-name": "Name must have", "limit-0-per": "Limit 1: Period must be hour, day, week, month or in total."}},
+			"f-name":      "Name is required.",
+			"limit-0-per": "Limit 1: Period must be hour, day, week, month or in total."}},
+		{"/admin/tokens/new", map[string]string{"name": "", "expires_at": "2020-01-01T00:00", "max_requests": "-1",
+			"policy.limits[0].max": "x"}, "name", map[string]string{"f-name": "Name is required.",
+			"f-expires_at": "must be in the future", "limit-0-max": "Limit 1: Maximum must",
+			"f-max_requests": "or more"}},
+		{"/admin/keys/new", map[string]string{"name": "", "expires_at": "2020-01-01T00:00"}, "name",
+			map[string]string{"f-name": "Name is required.", "f-expires_at": "must be in the future"}},
+		{upstreams + "/new", map[string]string{"name": "", "base_url": "ftp://x", "priority": "-1"}, "name",
+			map[string]string{"f-name": "Name is required.", "f-api_key": "API key is required.",
+				"f-base_url": "Base URL must", "f-priority": "must be from 0"}},
+		{"/admin/projects/new", map[string]string{"name": "", "base_url": "ftp://x"}, "name", map[string]string{
+			"f-name": "Name is required.", "f-api_key": "API key is required with"}},
 		{"/admin/projects/new", map[string]string{"name": "x", "policy.models": "a*b"}, "policy.models",
 			map[string]string{"f-policy-models": "Models may have * only at the end"}},
 		{upstream, map[string]string{"base_url": "https://elsewhere.test"}, "api_key",
@@ -389,6 +403,14 @@ func TestAdminMistakesSummary(t *testing.T) {
 			if line == nil || !strings.Contains(line[1], text) || !strings.Contains(page, `id="`+id+`"`) {
 				t.Errorf("%s with %v: no link to %s with %q in %s", c.path, c.set, id, text, summary)
 			}
+		}
+		at := 0
+		for _, link := range regexp.MustCompile(`<a href="#([^"]*)">`).FindAllStringSubmatch(summary, -1) {
+			next := strings.Index(page, `id="`+link[1]+`"`)
+			if next < at {
+				t.Errorf("%s with %v: the order is not that of the page: %s", c.path, c.set, summary)
+			}
+			at = next
 		}
 		focus := regexp.MustCompile(`<[^>]* name="([^"]*)"[^>]* autofocus`).FindAllStringSubmatch(page, -1)
 		if len(focus) != 1 || focus[0][1] != c.focus {

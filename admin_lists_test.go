@@ -477,7 +477,8 @@ func TestCallsSorted(t *testing.T) {
 		u.instance.ledger.recordRefused(row, true)
 	}
 	u.waitSettled()
-	if page := b.get("/admin/requests?order=-cost").body; !strings.Contains(page, "Only the latest 1,000 matching calls are sorted") {
+	page := b.get("/admin/requests?order=-cost").body
+	if !strings.Contains(page, "Only the latest 1,000 matching calls are sorted") {
 		t.Error("the page does not say that more calls match than it sorts")
 	}
 	if res := b.get("/admin/requests?order=x"); !strings.Contains(res.body, "There is no such order.") {

@@ -638,12 +638,13 @@ func eachEvent(stream io.Reader, do func(data []byte) error) error {
 }
 
 // send sends a request to /v1 over a connection within the process, and returns the head of its answer. The proxy
-// treats it like a client's in every way, also where it breaks an answer off. The call ends when the browser leaves.
-// done ends it too, and returns when it is settled.
+// treats it like a client's in every way, also where it breaks an answer off. The call ends when the browser leaves,
+// and when the session ends. done ends it too, and returns when it is settled.
 func (c *playgroundCall) send(method, path string, body []byte) (res *http.Response, done func(), err error) {
-	ctx := c.r.http.Context()
+	ctx, cancel := context.WithCancel(c.r.http.Context())
 	req, err := http.NewRequestWithContext(ctx, method, "http://localhost"+path, bytes.NewReader(body))
 	if err != nil {
+		cancel()
 		return nil, nil, err
 	}
 	for _, h := range requiredHeaders("playground", c.in.project.policy.Attribution) {
@@ -673,9 +674,11 @@ func (c *playgroundCall) send(method, path string, body []byte) (res *http.Respo
 	var work sync.WaitGroup
 	work.Go(func() { _ = server.Serve(listener) })
 	work.Go(func() { _ = req.Write(ours) })
+	work.Go(func() { c.ui.watchSession(ctx, c.r, cancel) })
 	stop := context.AfterFunc(ctx, func() { _ = ours.Close() })
 	done = func() {
 		stop()
+		cancel()
 		_ = ours.Close()
 		<-ended
 		_ = server.Close()
@@ -685,16 +688,4 @@ func (c *playgroundCall) send(method, path string, body []byte) (res *http.Respo
 		done()
 	}
 	return res, done, err
-}
-
-// A connListener accepts one connection, which is in the channel.
-type connListener chan net.Conn
-
-func (l connListener) Addr() net.Addr { return &net.UnixAddr{} }
-func (l connListener) Close() error   { close(l); return nil }
-func (l connListener) Accept() (net.Conn, error) {
-	if conn, ok := <-l; ok {
-		return conn, nil
-	}
-	return nil, net.ErrClosed
 }

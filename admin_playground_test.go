@@ -253,6 +253,14 @@ func TestPlaygroundStream(t *testing.T) {
 	if leaving.leave(); !<-left || p.lastCall().Outcome != "client_gone" {
 		t.Errorf("the browser left: %+v", p.lastCall())
 	}
+	key, value := p.newKey("leaves", "operator")
+	revoked := p.signIn(value).openPlayground(t, p.playgroundForm("message", "leave"))
+	revoked.next()
+	revoked.next()
+	p.manage("DELETE", "/manage/keys/"+key, "", 200, nil)
+	if gone, last := <-left, revoked.next(); !gone || !last.Done || p.lastCall().Outcome != "client_gone" {
+		t.Errorf("the key was revoked: %+v %+v", last, p.lastCall())
+	}
 	for range maxPlaygroundSessionCalls {
 		b.openPlayground(t, p.playgroundForm()).next()
 	}

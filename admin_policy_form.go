@@ -52,6 +52,9 @@ type limitFormRow struct {
 	IsAdded                          bool // it was added just now: its first input gets the focus
 }
 
+// inputID returns the HTML id of the input of a limit's field.
+func (row *limitFormRow) inputID(field string) string { return "limit-" + row.Index + "-" + field }
+
 func (row *limitFormRow) isBlank() bool {
 	return row.Max == "" && row.Endpoint == "" && row.Model == "" && row.ForEach == "" && row.MaxValues == ""
 }
@@ -147,10 +150,13 @@ func (p *policyForm) fill(sent url.Values) {
 			Endpoint: value("endpoint"), Model: value("model"), Shadow: value("shadow") != "",
 			ForEach: value("for_each"), MaxValues: value("max_values")})
 	}
-	if p.addsLimit && len(p.Limits) < maxLimits || sent == nil && len(p.Limits) == 0 {
+	switch {
+	case p.addsLimit && len(p.Limits) < maxLimits:
 		row := newLimitRow("")
-		row.IsAdded = p.addsLimit
+		row.IsAdded = true
 		p.addRow(row)
+	case sent == nil && len(p.Limits) == 0: // a budget is what most need
+		p.addRow(&limitFormRow{Count: metricDollars.String(), Per: perMonth.String()})
 	}
 }
 
@@ -381,7 +387,7 @@ func (p *policyForm) showError(f *pageForm, err error) bool {
 		if name == "" {
 			row.Error = "This limit " + msg
 		}
-		f.Mistakes = append(f.Mistakes, formMistake{"limit-" + row.Index + "-" + row.ErrorField,
+		f.Mistakes = append(f.Mistakes, formMistake{row.inputID(row.ErrorField),
 			fmt.Sprintf("Limit %d: %s", row.Number, row.Error)})
 		return true
 	}
@@ -607,26 +613,41 @@ func (ui *adminUI) fillLikeToken(r *pageRequest, v *formView, id string) (values
 	return values, nil
 }
 
-// focusFirstMistake gives the focus to the first input with a mistake.
-func (f *pageForm) focusFirstMistake(policy *policyForm) {
-	fields := f.Fields
-	if policy != nil {
-		fields = append(slices.Clone(fields), policy.fields()...)
-	}
-	for _, field := range fields {
-		if field.Error != "" {
-			field.Focus = true
-			return
+// sortMistakes puts the mistakes in the order of their inputs on the page, and gives the focus to the first input.
+func (f *pageForm) sortMistakes(policy *policyForm) {
+	var ids []string
+	add := func(fields []*formField, areAdvanced bool) {
+		for _, field := range fields {
+			if field.Advanced == areAdvanced {
+				ids = append(ids, fieldID(field.Name))
+			}
 		}
+	}
+	fields := f.Fields
+	if add(fields, false); policy != nil {
+		add(policy.fields(), false)
+		ids = append(ids, "limits")
+		for _, row := range policy.Limits {
+			ids = append(ids, row.inputID(row.ErrorField))
+		}
+		fields = slices.Concat(fields, policy.fields())
+	}
+	add(fields, true)
+	slices.SortStableFunc(f.Mistakes, func(a, b formMistake) int {
+		return slices.Index(ids, a.InputID) - slices.Index(ids, b.InputID)
+	})
+	if len(f.Mistakes) == 0 {
+		return
+	}
+	first := f.Mistakes[0].InputID
+	for _, field := range fields {
+		field.Focus = fieldID(field.Name) == first
 	}
 	if policy == nil {
 		return
 	}
 	for _, row := range policy.Limits {
-		if row.Error != "" {
-			row.Focus = true
-			return
-		}
+		row.Focus = row.Error != "" && row.inputID(row.ErrorField) == first
 	}
 }
 

@@ -267,8 +267,12 @@ func TestProjectLikeAnother(t *testing.T) {
 	}
 	form.Set("upstreams[2].api_key", p.provider.key)
 	page = b.follow(b.post(path, form))
-	if !strings.Contains(page, "The provider refuses the key: 401 authentication_error. It was saved anyway.") {
-		t.Errorf("the page does not say that a key is refused: %s", page)
+	refused := "The provider refuses the key: 401 authentication_error. It was saved anyway."
+	for _, text := range []string{`class="notice" role="status">primary: The key works: 2 models.<`,
+		`class="caution" role="status">claude: ` + refused + "<"} {
+		if !strings.Contains(page, text) {
+			t.Errorf("the page does not say %s: %s", text, page)
+		}
 	}
 	var twin projectReply
 	p.manage("GET", "/manage/projects/proj_"+between(page, `id="id-proj_`, `"`), "", 200, &twin)

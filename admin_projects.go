@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // A projectsView is the data of templates/projects.html.
@@ -246,10 +247,20 @@ func (ui *adminUI) projectPage(r *pageRequest) (*pageResponse, error) {
 	return showPage("project", p.Name+" · Projects", v), err
 }
 
+// crumbsTo returns the page of an object after the page of the list that it is in. Another page it returns alone.
+func crumbsTo(page option) []option {
+	section, _, isObject := strings.Cut(strings.TrimPrefix(page.Value, "/admin/"), "/")
+	if !isObject {
+		return []option{page}
+	}
+	return []option{{"/admin/" + section, capitalize(section)}, page}
+}
+
 // A valuesView is the data of templates/limit-values.html: what the values of limits with for_each have used.
 type valuesView struct {
-	Crumb  option
-	Value  string // that is searched for, "" for those that have used most
+	Crumb  option   // the page of the owner
+	Crumbs []option // the pages above this one
+	Value  string   // that is searched for, "" for those that have used most
 	Limits []barView
 }
 
@@ -290,7 +301,7 @@ func (ui *adminUI) tokenValuesPage(r *pageRequest) (*pageResponse, error) {
 
 // valuesPage shows the values of an owner's limits. calls is the filter for the owner's calls.
 func (r *pageRequest) valuesPage(crumb option, calls string, limits []limitView) *pageResponse {
-	v := valuesView{Crumb: crumb, Value: r.query.Get("value")}
+	v := valuesView{Crumb: crumb, Crumbs: crumbsTo(crumb), Value: r.query.Get("value")}
 	for _, bar := range newBarViews(limits) {
 		if bar.ForEach == "" {
 			continue
@@ -490,7 +501,11 @@ func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	projectURL := "/admin/projects/" + u.ProjectID
-	v := &formView{Crumb: option{projectURL, "Project"},
+	project, err := ui.projectName(r, u.ProjectID)
+	if err != nil {
+		return nil, err
+	}
+	v := &formView{Crumb: option{projectURL, project},
 		Form: ui.upstreamForm("Save", projectURL, "name", "api_key", "base_url", "is_active")}
 	v.Form.Version = u.Version
 	key, baseURL := v.Form.Fields[1], v.Form.Fields[2]
@@ -511,10 +526,40 @@ func (ui *adminUI) editUpstream(r *pageRequest) (*pageResponse, error) {
 	})
 }
 
+// testKeys adds what the providers say about the keys of upstreams to the page that follows. If there are too many to
+// show, those that work are left out.
+func (ui *adminUI) testKeys(r *pageRequest, p *pageResponse, upstreams ...upstreamRow) *pageResponse {
+	tests := make([]*keyTest, len(upstreams))
+	var running sync.WaitGroup
+	for i := range upstreams {
+		running.Go(func() {
+			t, err := ui.ops.testKey(r.ctx, r.origin, upstreams[i].projectID, upstreams[i].id)
+			if err != nil { // it is stored nevertheless
+				ui.log.Error("a key could not be tested", "request_id", r.origin.requestID, "upstream", upstreams[i].id,
+					"error", err)
+				return
+			}
+			tests[i] = &t
+		})
+	}
+	running.Wait()
+	for i, t := range tests {
+		if t != nil {
+			p.notice.tests = append(p.notice.tests, namedKeyTest{*t, upstreams[i].name})
+		}
+	}
+	if len(p.notice.tests) > maxShownTests {
+		works := func(t namedKeyTest) bool { return t.result == keyTestAccepted }
+		p.notice.tests = slices.DeleteFunc(p.notice.tests, works)
+		p.notice.tests = p.notice.tests[:min(len(p.notice.tests), maxShownTests)]
+	}
+	return p
+}
+
 func (ui *adminUI) testKeyPage(r *pageRequest) (*pageResponse, error) {
 	t, err := ui.ops.testKey(r.ctx, r.origin, r.pathValue("id"), r.pathValue("upstream"))
 	then := redirectTo("/admin/projects/"+url.PathEscape(r.pathValue("id")), "key-tested")
-	then.notice.test = &t
+	then.notice.tests = []namedKeyTest{{keyTest: t}}
 	return then, err
 }
 

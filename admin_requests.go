@@ -264,8 +264,8 @@ func (ui *adminUI) sortRequests(r *pageRequest, v *requestsView, f requestFilter
 		return err
 	}
 	if next != 0 {
-		v.Hint = "Only the latest " + pluralize(int64(len(rows)), "matching call is", "matching calls are") + " sorted. " +
-			"Choose a shorter period to sort all of its calls."
+		v.Hint = "Only the latest " + pluralize(int64(len(rows)), "matching call is", "matching calls are") +
+			" sorted. Choose a shorter period to sort all of its calls."
 	}
 	v.addRows(sortedPage(r, &v.listView, rows, v.Order, func(c *requestView) sortKey {
 		key := sortKey{seq: c.id, number: -1} // without a cost or an end

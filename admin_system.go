@@ -596,16 +596,16 @@ func (ui *adminUI) webhookPage(r *pageRequest) (*pageResponse, error) {
 	return showPage("webhook", w.Name+" · Webhooks", item), err
 }
 
-// webhookForm returns the form of a webhook, and its input with the fields that the form has. Each type of notification
-// is a checkbox, which the page itself reads.
+// webhookForm returns the form of a webhook. Each type of notification is a checkbox, which the page itself reads.
 func (ui *adminUI) webhookForm(submit, cancel string) *formView {
 	fields := formFields(ui.ops.fields.webhook, "name", "format", "url", "is_active", "error_percent")
 	fields[1].Options, fields[4].Advanced, fields[4].Default = webhookFormats(), true, formatInt(defaultErrorPercent)
 	for _, t := range notificationTypes() {
 		fields = append(fields, &formField{Name: eventField(t), Label: notificationLabel(t), Kind: "checkbox"})
 	}
-	return &formView{Crumb: option{"/admin/webhooks", "Webhooks"}, Intro: "webhook",
-		Form: &pageForm{Submit: submit, Cancel: cancel, Fields: fields}}
+	fields[5].Heading, fields[5].HeadingHelp = "Events", "webhook-events"
+	crumb := option{"/admin/webhooks", "Webhooks"}
+	return &formView{Crumb: crumb, Form: &pageForm{Submit: submit, Cancel: cancel, Fields: fields}}
 }
 
 func eventField(eventType string) string { return "event-" + eventType }

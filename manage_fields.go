@@ -231,10 +231,7 @@ func tokenFields() []field[tokenInput, tokenRow] {
 
 // apply checks the input and stores it in the row.
 func (in *tokenInput) apply(tables *fieldTables, t *tokenRow, now time.Time) error {
-	if err := applyFields(in, t, tables.token); err != nil {
-		return err
-	}
-	return in.applyExpiry(t, now)
+	return errors.Join(applyFields(in, t, tables.token), in.applyExpiry(t, now))
 }
 
 // applyExpiry sets when the token expires, if the input has a field for it.
@@ -305,7 +302,7 @@ func keyFields() []field[keyInput, managementKeyRow] {
 	return []f{
 		stored(f{name: "name", label: "Name", required: true, help: "key-name"}, anyName,
 			func(in *keyInput, k *managementKeyRow) (*optional[string], *string) { return &in.name, &k.name }),
-		stored(f{name: "role", label: "Role", kind: "select", required: true}, validateRole,
+		stored(f{name: "role", label: "Role", kind: "select", required: true, help: "role"}, validateRole,
 			func(in *keyInput, k *managementKeyRow) (*optional[string], *string) { return &in.role, &k.role }),
 		{name: "expires_at", nullable: true, label: "Expires (UTC)", kind: "datetime-local", empty: emptyNull,
 			help: "expiry", target: func(in *keyInput) any { return &in.expiresAt }},
@@ -321,10 +318,10 @@ func validateRole(name, value string) error {
 
 // apply checks the input and stores it in the row.
 func (in *keyInput) apply(tables *fieldTables, k *managementKeyRow, now time.Time) (err error) {
-	if err = applyFields(in, k, tables.key); err == nil && in.expiresAt.set {
+	if in.expiresAt.set {
 		k.expiresAt, err = parseFutureTime("expires_at", in.expiresAt, now)
 	}
-	return err
+	return errors.Join(applyFields(in, k, tables.key), err)
 }
 
 // A projectInput is what can be sent about a project. The provider, base URL and keys are those of the first
@@ -487,14 +484,12 @@ func (in *upstreamInput) apply(ops *operations, row *upstreamRow, isNew bool) er
 	if err := in.applyProvider(row, isNew); err != nil {
 		return err
 	}
-	if err := in.applyDestination(ops, row, isNew); err != nil {
-		return err
-	}
+	destinationErr := in.applyDestination(ops, row, isNew)
 	edit := upstreamEdit{upstreamRow: *row}
 	if err := json.Unmarshal([]byte(row.settings), &edit.upstreamSettings); err != nil {
 		return fmt.Errorf("settings of upstream %s: %w", row.id, err)
 	}
-	if err := applyFields(in, &edit, ops.fields.upstream); err != nil {
+	if err := errors.Join(destinationErr, applyFields(in, &edit, ops.fields.upstream)); err != nil {
 		return err
 	}
 	*row = edit.upstreamRow
@@ -675,6 +670,11 @@ func (r *manageRequest) parseAuditFilter() (auditFilter, error) {
 		}
 	}
 	return f, nil
+}
+
+// errRevoked refuses a change of an object that is revoked.
+func errRevoked(what string) error {
+	return &fieldError{"", "The " + what + " is revoked, which is permanent. Create a new one."}
 }
 
 // validateName checks the name of a project, upstream, token or key. A name must not change how the text

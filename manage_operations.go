@@ -240,25 +240,23 @@ func (ops *operations) newProject(in projectInput, at int64) (*projectRow, []*up
 	in.name.set = true // it is required
 	p := &projectRow{id: newID("proj"), active: true, policy: "{}", routing: "{}",
 		costMultiplier: multiplierOne, createdAt: at, updatedAt: at}
-	if err := applyFields(&in, p, ops.fields.project); err != nil {
-		return nil, nil, err
-	}
+	err := applyFields(&in, p, ops.fields.project)
 	switch {
 	case in.key.hasValue() && in.openaiKey.hasValue():
-		return nil, nil, &fieldError{"api_key", "and openai_api_key cannot be combined"}
+		err = errors.Join(err, &fieldError{"api_key", "and openai_api_key cannot be combined"})
 	case in.openaiKey.hasValue():
 		in.key = in.openaiKey
 	case !in.key.hasValue() && (in.provider.set || in.baseURL.set):
-		return nil, nil, &fieldError{"api_key", "is required with provider or base_url"}
+		err = errors.Join(err, &fieldError{"api_key", "is required with provider or base_url"})
 	}
 	var upstreams []*upstreamRow
 	if in.key.hasValue() {
 		first := upstreamInput{name: given("primary"), provider: in.provider, baseURL: in.baseURL, key: in.key}
-		up, err := ops.newUpstream(p, first, at)
-		if err != nil {
-			return nil, nil, err
-		}
-		upstreams = append(upstreams, up)
+		up, upstreamErr := ops.newUpstream(p, first, at)
+		upstreams, err = append(upstreams, up), errors.Join(err, upstreamErr)
+	}
+	if err != nil {
+		return nil, nil, err
 	}
 	for i, other := range in.upstreams {
 		up, err := ops.newUpstream(p, other, at)

@@ -85,19 +85,17 @@ func priceFields() []field[priceInput, priceRow] {
 
 func capitalizeKind(label string) string { return strings.ToUpper(label[:1]) + label[1:] }
 
-// priceKindHelp names the text that tells what a kind without a price costs.
+// priceKindHelp names the text that has the unit of a kind's price, and tells what a kind without a price costs.
 func priceKindHelp(k priceKind) string {
-	if k == kindInput || k == kindOutput {
-		return ""
-	}
 	none := noRates()
-	switch none.fallbackKind(k) {
-	case kindInput:
+	switch fallback := none.fallbackKind(k); {
+	case fallback == kindInput && k != kindInput:
 		return "as-input"
-	case kindOutput:
+	case fallback == kindOutput && k != kindOutput:
 		return "as-output"
 	}
-	return ""
+	return [...]string{perToken: "per-token", perCharacter: "per-character", perMinuteOfMedia: "per-minute",
+		perPiece: "per-piece"}[priceKinds[k].unit]
 }
 
 func (in *priceInput) applyMatch(p *priceRow) error {

@@ -199,7 +199,7 @@ func (ops *operations) newUpstreamView(u *upstreamRow) upstreamView {
 
 // applyDestination sets where calls go, and the provider key. A change of the URL requires the key again:
 // otherwise an admin who may edit the URL could have the stored key sent to a server of their own.
-func (in *upstreamInput) applyDestination(ops *operations, row *upstreamRow, isNew bool) error {
+func (in *upstreamInput) applyDestination(ops *operations, row *upstreamRow, isNew bool) (keyErr error) {
 	if isNew {
 		switch {
 		case in.baseURL.hasValue():
@@ -214,27 +214,29 @@ func (in *upstreamInput) applyDestination(ops *operations, row *upstreamRow, isN
 			return &fieldError{"base_url", "is required for this provider"}
 		}
 		if !in.key.hasValue() {
-			return &fieldError{"api_key", "is required"}
+			keyErr = &fieldError{"api_key", "is required"}
 		}
 	} else if in.baseURL.set {
 		if in.baseURL.value != row.baseURL && !in.key.hasValue() {
-			return &fieldError{"api_key", "is required again when base_url changes"}
+			keyErr = &fieldError{"api_key", "is required again when base_url changes"}
 		}
 		row.baseURL = in.baseURL.value
+	}
+	if in.key.set && keyErr == nil {
+		if err := checkProviderKey(in.key.value()); err != nil {
+			keyErr = &fieldError{"api_key", err.Error()}
+		}
 	}
 	if row.provider == providerGoogle {
 		row.baseURL = withGeminiPath(row.baseURL)
 	}
 	u, err := parseBaseURL(row.baseURL, ops.allowPrivate)
 	if err != nil {
-		return &fieldError{"base_url", err.Error()} // about the admin's own text; it contains no secret
+		return errors.Join(keyErr, &fieldError{"base_url", err.Error()}) // their own text; it contains no secret
 	}
 	row.baseURL = u.String()
-	if !in.key.set {
-		return nil
-	}
-	if err := checkProviderKey(in.key.value()); err != nil {
-		return &fieldError{"api_key", err.Error()}
+	if keyErr != nil || !in.key.set {
+		return keyErr
 	}
 	row.sealedKey = ops.sealer.seal(in.key.value, sealContext(row.id, row.projectID, u.Scheme+"://"+u.Host))
 	row.keyHint = in.key.value.hint()
@@ -435,10 +437,6 @@ func (ops *operations) getToken(ctx context.Context, id string, q valueQuery, no
 func (api *manageAPI) patchToken(r *manageRequest, in tokenInput) (any, error) {
 	t, err := api.ops.updateToken(r.ctx, r.origin, r.pathValue("id"), r.ifMatchVersion, in)
 	return api.ops.newTokenView(&t, r.now), err
-}
-
-func errRevoked(what string) error {
-	return &fieldError{"", "The " + what + " is revoked, which is permanent. Create a new one."}
 }
 
 func (api *manageAPI) revokeToken(r *manageRequest) (any, error) {

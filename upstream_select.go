@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"maps"
 	"slices"
 	"strconv"
@@ -600,9 +601,9 @@ func (p *projectState) listAliases(
 	return names, entries
 }
 
-// qualifyFieldError adds the object that a wrong field is in to its name.
+// qualifyFieldError adds the object that a wrong field is in to its name. Of several mistakes it returns the first.
 func qualifyFieldError(object string, err error) error {
-	if e, ok := err.(*fieldError); ok && e.param != "" {
+	if e, ok := errors.AsType[*fieldError](err); ok && e.param != "" {
 		return &fieldError{object + "." + e.param, e.msg}
 	} else if ok { // JSON, but not an object
 		return &fieldError{object, "must be an object"}

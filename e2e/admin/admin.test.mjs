@@ -36,7 +36,7 @@ describePages('the pages', new Proxy(), (proxy, visit) => {
       await page.getByLabel('Maximum').first().fill('500');
       await page.getByRole('button', { name: 'Create project' }).click();
       await page.getByText('Project created').waitFor();
-      await page.getByRole('cell', { name: '0 of 500' }).waitFor();
+      await page.getByRole('cell', { name: '$0.00 of $500.00' }).waitFor();
 
       await page.getByRole('link', { name: 'New token' }).first().click();
       await page.getByLabel('Name', { exact: true }).fill('browser');

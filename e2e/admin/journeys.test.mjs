@@ -124,8 +124,7 @@ describePages('the journeys', new Proxy(), (proxy, visit) => {
     await w.link('New token');
     await w.choose('Project', 'fresh');
     await w.type('Name', 'on a budget');
-    await w.type('Maximum', '50');
-    await w.choose('Metric', 'dollars'); // per month, unless another period is chosen
+    await w.type('Maximum', '50'); // the first line is in dollars per month
     await w.button('Create token');
     await w.button('Copy token');
     await w.link('Done, open on a budget');
