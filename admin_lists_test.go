@@ -305,6 +305,42 @@ func TestSearchScanned(t *testing.T) {
 	}
 }
 
+// TestSearchBounded: a page of a search in one project reads a bounded number of the tokens that the index finds in all
+// of them, and the pages together have all tokens of the project.
+func TestSearchBounded(t *testing.T) {
+	t.Parallel()
+	requireSQLite(t, "PostgreSQL uses the index of the project instead")
+	p := newTest(t, nil)
+	var other struct{ ID string }
+	p.manage("POST", "/manage/projects", `{"name":"other"}`, 201, &other)
+	for i := range 9 {
+		project := p.project
+		if i%4 == 0 {
+			project = other.ID
+		}
+		p.manage("POST", "/manage/tokens", fmt.Sprintf(`{"project_id":"%s","name":"common %d"}`, project, i), 201, nil)
+	}
+	for order, want := range map[string][]string{tokensOldest: {"common 0", "common 4", "common 8"},
+		tokensNewest: {"common 8", "common 4", "common 0"}} {
+		q := tokenListQuery{order: order, project: other.ID, search: newSearchTerm("ommon"), limit: 5, maxFound: 3}
+		var names []string
+		pages := 0
+		for more := true; more && pages < 9; pages++ {
+			rows, scanned, err := p.instance.store.listTokens(t.Context(), q)
+			if err != nil || len(rows) > 2 {
+				t.Fatal(len(rows), err)
+			}
+			for _, row := range rows {
+				names = append(names, row.name)
+			}
+			q.afterSeq, more = scanned, scanned != 0
+		}
+		if !slices.Equal(names, want) || pages != 4 {
+			t.Errorf("%s: %q in %d pages", order, names, pages)
+		}
+	}
+}
+
 // TestListPages: a list in any order can be read forwards and backwards, in pages of any size, and has the same entries
 // in both directions.
 func TestListPages(t *testing.T) {

@@ -566,7 +566,7 @@ type attributeShares struct {
 
 const (
 	maxAttributeRankings = 6       // of a dashboard
-	maxDashboardSums     = 200_000 // of an attribute that are read for a dashboard
+	maxDashboardSums     = 100_000 // of an attribute that are read for a dashboard
 )
 
 // readAttributes reads the usage of each service tier, and the largest values of each attribute.
@@ -590,7 +590,8 @@ func (d *dashData) readAttributes(ctx context.Context, s *store, q *dashQuery) (
 			d.attributes = append(d.attributes, attributeShares{name, shares, tooMany})
 		}
 		if name == q.groupBy && len(shares) > 0 {
-			u = q.usageQuery(usageQuery{interval: q.grain, attribute: name, top: maxNamedSeries, largestBy: q.metric})
+			u = q.usageQuery(usageQuery{interval: q.grain, attribute: name,
+				values: shares[:min(len(shares), maxNamedSeries)]})
 			if d.valuePoints, err = s.usage(ctx, u); err != nil {
 				return err
 			}

@@ -37,8 +37,8 @@ func (q *usageQuery) attributedArgs(more ...any) []any {
 	return append([]any{q.project, q.token, q.attribute, q.from, q.to}, more...)
 }
 
-// maxAttributedSums is how many sums of an attribute are read for one answer, about two seconds' worth.
-const maxAttributedSums = 2_000_000
+// maxAttributedSums is how many sums of an attribute are read for one answer, some seconds' worth.
+const maxAttributedSums = 1_000_000
 
 // topValues returns what each of the q.top largest values of an attribute has, the largest first, or errTooManyRows if
 // more than limit sums would be read.
@@ -81,9 +81,12 @@ func (s *store) usedAttributes(ctx context.Context, project string, limit int) (
 // others together, and what is left of each group of all calls. So they add up to all calls.
 func (s *store) splitByValue(ctx context.Context, q *usageQuery, all map[usageKey]*usageSum,
 ) (map[usageKey]*usageSum, error) {
-	top, err := s.topValues(ctx, q, maxAttributedSums)
-	if err != nil {
-		return nil, err
+	top := q.values
+	if top == nil {
+		var err error
+		if top, err = s.topValues(ctx, q, maxAttributedSums); err != nil {
+			return nil, err
+		}
 	}
 	values := make([]string, len(top))
 	for i := range top {
@@ -93,75 +96,72 @@ func (s *store) splitByValue(ctx context.Context, q *usageQuery, all map[usageKe
 	if err != nil {
 		return nil, fmt.Errorf("adding up an attribute: %w", err)
 	}
-	groups, err := s.sumValues(ctx, q, string(list), true)
-	if isSumOverflow(err) {
-		groups, err = s.sumValues(ctx, q, string(list), false)
-	}
+	groups, err := s.sumAttributed(ctx, q, string(list))
 	if err != nil {
 		return nil, err
 	}
-	for k, v := range groups {
-		if k.value, k.rest = "", ""; all[k] != nil {
+	attributed, err := s.sumAttributed(ctx, q, "")
+	if err != nil {
+		return nil, err
+	}
+	others := map[usageKey]*usageSum{}
+	for k, v := range attributed {
+		if all[k] != nil {
 			all[k].subtract(*v)
 		}
+		others[k] = v
 	}
-	for k, v := range all {
-		if k.rest = restNone; *v != (usageSum{}) {
-			groups[k] = v
+	for k, v := range groups {
+		if k.value = ""; others[k] != nil {
+			others[k].subtract(*v)
+		}
+	}
+	for rest, sums := range map[string]map[usageKey]*usageSum{restOther: others, restNone: all} {
+		for k, v := range sums {
+			if k.rest = rest; *v != (usageSum{}) {
+				groups[k] = v
+			}
 		}
 	}
 	return groups, nil
 }
 
-// sumValues adds up the sums of an attribute by the values in a JSON list, and of all others together. With inSQL,
-// SQLite does most of it, and fails if a sum overflows.
-func (s *store) sumValues(ctx context.Context, q *usageQuery, values string, inSQL bool,
+// sumAttributed adds up the sums of an attribute by the values in a JSON list, without any others; "" adds up all
+// values together.
+func (s *store) sumAttributed(ctx context.Context, q *usageQuery, values string) (map[usageKey]*usageSum, error) {
+	groups, err := s.readAttributed(ctx, q, values, true)
+	if isSumOverflow(err) {
+		groups, err = s.readAttributed(ctx, q, values, false)
+	}
+	return groups, err
+}
+
+// readAttributed is sumAttributed. With inSQL, SQLite does most of it, and fails if a sum overflows.
+func (s *store) readAttributed(ctx context.Context, q *usageQuery, values string, inSQL bool,
 ) (map[usageKey]*usageSum, error) {
-	const group = ` SELECT CASE ?6 WHEN 'hour' THEN at WHEN 'total' THEN 0 ELSE at - at % 86400000 END AS at,
-			CASE WHEN value IN (SELECT atom FROM json_each(CAST(?7 AS TEXT))) THEN 0 ELSE 1 END AS is_other,
-			CASE WHEN value IN (SELECT atom FROM json_each(CAST(?7 AS TEXT))) THEN value ELSE '' END AS value,
-			CASE WHEN ?8 THEN project ELSE 0 END AS project, CASE WHEN ?9 THEN token ELSE 0 END AS token,
-			CASE WHEN ?10 THEN model ELSE '' END AS model, CASE WHEN ?11 THEN endpoint ELSE '' END AS endpoint,
-			CASE WHEN ?12 THEN outcome ELSE '' END AS outcome, `
-	const sums = `sum(calls) AS calls, sum(input_tokens) AS input_tokens, sum(cached_tokens) AS cached_tokens,
-			sum(output_tokens) AS output_tokens, sum(reasoning_tokens) AS reasoning_tokens, sum(cost) AS cost,
-			sum(unpriced_calls) AS unpriced_calls, sum(estimated_calls) AS estimated_calls,
-			sum(would_refuse) AS would_refuse, sum(total_us) AS total_us, sum(cache_hits) AS cache_hits,
-			sum(saved) AS saved, sum(saved_us) AS saved_us, sum(prompt_saved) AS prompt_saved,
-			sum(client_retries) AS client_retries` + fromAttributed + `GROUP BY 1, 2, 3, 4, 5, 6, 7, 8`
-	const rows = `calls, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls,
-			estimated_calls, would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries` +
-		fromAttributed
-	const head = `SELECT g.at, g.is_other, g.value, g.project, coalesce(p.id, ''), coalesce(p.name, ''),
-			p.deleted_at IS NOT NULL, coalesce(t.id, ''), coalesce(t.name, ''), g.model, g.endpoint, g.outcome, g.calls,
-			g.input_tokens, g.cached_tokens, g.output_tokens, g.reasoning_tokens, g.cost, g.unpriced_calls,
-			g.estimated_calls, g.would_refuse, g.total_us, g.cache_hits, g.saved, g.saved_us, g.prompt_saved,
-			g.client_retries FROM (`
-	const tail = `) g LEFT JOIN projects p ON p.seq = g.project LEFT JOIN tokens t ON t.seq = g.token LIMIT ?13`
-	query, limit := head+group+sums+tail, q.limit+1
+	args := q.attributedArgs(q.limit+1, q.interval, q.byProject)
+	byLabels := q.byToken || q.byModel || q.byEndpoint || q.byOutcome
+	if values != "" || byLabels {
+		args = append(args, q.byToken, q.byModel, q.byEndpoint, q.byOutcome)
+	}
+	if values != "" {
+		args = append(args, values)
+	}
 	if !inSQL {
-		query, limit = head+group+rows+tail, maxAttributedSums
+		args[5] = maxAttributedSums
 	}
-	type row struct {
-		usageRow
-		isOther bool
-	}
-	found, err := collect(ctx, s.readDB, "adding up an attribute", func(r *row) []any {
-		return []any{&r.at, &r.isOther, &r.value, &r.projectSeq, &r.projectID, &r.projectName, &r.projectDeleted,
-			&r.tokenID, &r.tokenName, &r.model, &r.endpoint, &r.outcome, &r.calls, &r.input, &r.cached, &r.output,
-			&r.reasoning, &r.cost, &r.unpriced, &r.estimated, &r.wouldRefuse, &r.totalUS, &r.hits, &r.saved, &r.savedUS,
+	rows, err := collect(ctx, s.readDB, "adding up an attribute", func(r *usageRow) []any {
+		return []any{&r.at, &r.value, &r.projectSeq, &r.projectID, &r.projectName, &r.projectDeleted, &r.tokenID,
+			&r.tokenName, &r.model, &r.endpoint, &r.outcome, &r.calls, &r.input, &r.cached, &r.output, &r.reasoning,
+			&r.cost, &r.unpriced, &r.estimated, &r.wouldRefuse, &r.totalUS, &r.hits, &r.saved, &r.savedUS,
 			&r.promptSaved, &r.clientRetries}
-	}, query, q.attributedArgs(q.interval, values, q.byProject, q.byToken, q.byModel, q.byEndpoint, q.byOutcome,
-		limit)...)
-	if err == nil && inSQL && len(found) == limit {
+	}, attributedStatement(values != "", byLabels, inSQL), args...)
+	if err == nil && inSQL && len(rows) > q.limit {
 		err = errTooManyRows
 	}
 	groups := map[usageKey]*usageSum{}
-	for i := range found {
-		r := &found[i]
-		if r.isOther {
-			r.rest = restOther
-		}
+	for i := range rows {
+		r := &rows[i]
 		if q.interval == "month" {
 			at := time.UnixMilli(r.at).UTC()
 			r.at = max(time.Date(at.Year(), at.Month(), 1, 0, 0, 0, 0, time.UTC).UnixMilli(), q.from)
@@ -169,6 +169,44 @@ func (s *store) sumValues(ctx context.Context, q *usageQuery, values string, inS
 		q.addTo(groups, r.usageKey, r.usageSum)
 	}
 	return groups, err
+}
+
+// attributedStatement returns a statement of readAttributed. Where neither values nor labels matter, it adds up in the
+// order of the key: sorting all rows costs many times as much.
+func attributedStatement(byValue, byLabels, addUp bool) string {
+	const columns = `calls, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls,
+			estimated_calls, would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries`
+	const sums = `sum(calls) AS calls, sum(input_tokens) AS input_tokens, sum(cached_tokens) AS cached_tokens,
+			sum(output_tokens) AS output_tokens, sum(reasoning_tokens) AS reasoning_tokens, sum(cost) AS cost,
+			sum(unpriced_calls) AS unpriced_calls, sum(estimated_calls) AS estimated_calls,
+			sum(would_refuse) AS would_refuse, sum(total_us) AS total_us, sum(cache_hits) AS cache_hits,
+			sum(saved) AS saved, sum(saved_us) AS saved_us, sum(prompt_saved) AS prompt_saved,
+			sum(client_retries) AS client_retries`
+	const head = `SELECT g.at, g.value, g.project, coalesce(p.id, ''), coalesce(p.name, ''), p.deleted_at IS NOT NULL,
+			coalesce(t.id, ''), coalesce(t.name, ''), g.model, g.endpoint, g.outcome, g.calls, g.input_tokens,
+			g.cached_tokens, g.output_tokens, g.reasoning_tokens, g.cost, g.unpriced_calls, g.estimated_calls,
+			g.would_refuse, g.total_us, g.cache_hits, g.saved, g.saved_us, g.prompt_saved, g.client_retries
+		FROM (SELECT CASE ?7 WHEN 'hour' THEN at WHEN 'total' THEN 0 ELSE at - at % 86400000 END AS at,
+			CASE WHEN ?8 THEN project ELSE 0 END AS project, `
+	const labels = `CASE WHEN ?9 THEN token ELSE 0 END AS token, CASE WHEN ?10 THEN model ELSE '' END AS model,
+			CASE WHEN ?11 THEN endpoint ELSE '' END AS endpoint, CASE WHEN ?12 THEN outcome ELSE '' END AS outcome, `
+	const noLabels = `0 AS token, '' AS model, '' AS endpoint, '' AS outcome, '' AS value, `
+	const inList = `AND value IN (SELECT atom FROM json_each(CAST(?13 AS TEXT))) `
+	const tail = `) g LEFT JOIN projects p ON p.seq = g.project LEFT JOIN tokens t ON t.seq = g.token LIMIT ?6`
+	switch {
+	case byValue && addUp:
+		return head + labels + `value, ` + sums + fromAttributed + inList + `GROUP BY 1, 2, 3, 4, 5, 6, 7` + tail
+	case byValue:
+		return head + labels + `value, ` + columns + fromAttributed + inList + tail
+	case byLabels && addUp:
+		return head + labels + `'' AS value, ` + sums + fromAttributed + `GROUP BY 1, 2, 3, 4, 5, 6` + tail
+	case byLabels:
+		return head + labels + `'' AS value, ` + columns + fromAttributed + tail
+	case addUp:
+		return head + noLabels + sums + ` FROM (SELECT project, at, ` + sums + fromAttributed +
+			`GROUP BY project, at) hours GROUP BY 1, 2` + tail
+	}
+	return head + noLabels + columns + fromAttributed + tail
 }
 
 // deleteOldAttributionSums deletes some of the sums from before a time, sessions for those of sessions and others for

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -26,6 +27,8 @@ const (
 	minIndexedRunes = 3 // the index has parts of three characters
 	// maxScannedNames is how many tokens are read for one page of a search that the index does not cover.
 	maxScannedNames = 25_000
+	// maxFoundNames is how many of the tokens that the index finds are read for one page with other filters.
+	maxFoundNames = 50_000
 )
 
 // newSearchTerm returns the term for a text of at most maxSearchBytes. All characters stand for themselves. A NUL,
@@ -86,6 +89,7 @@ type tokenListQuery struct {
 	afterName string // its name, in the order name
 	afterTime int64  // its end or revocation, in the orders ends and revoked
 	limit     int    // of tokens that are visited
+	maxFound  int    // instead of maxFoundNames; 0: that
 }
 
 // reversed returns the same list from its end.
@@ -109,14 +113,8 @@ func (q tokenListQuery) reversed() tokenListQuery {
 // one visited.
 func (s *store) walkTokens(ctx context.Context, q tokenListQuery, visit func(*tokenRow) bool,
 ) (more bool, scanned int64, err error) {
-	var newest int64
-	if q.search.isShort() {
-		newest, err = queryValue[int64](ctx, s.readDB, "finding the newest token",
-			`SELECT coalesce(max(seq), 0) FROM tokens`)
-		if err != nil {
-			return false, 0, err
-		}
-		more, scanned = q.scanRange(newest)
+	if more, scanned, err = s.searchRange(ctx, &q); err != nil {
+		return false, 0, err
 	}
 	query, args := q.statement()
 	args = append(args, q.active, q.now, q.limit+1, q.search.indexed, scanned)
@@ -150,6 +148,31 @@ func (s *store) listTokens(ctx context.Context, q tokenListQuery) (rows []tokenR
 		return true
 	})
 	return rows, scanned, err
+}
+
+// searchRange returns the last seq that one page of a search reads, and whether there may be tokens after it.
+func (s *store) searchRange(ctx context.Context, q *tokenListQuery) (more bool, last int64, err error) {
+	if q.search.isShort() {
+		newest, err := queryValue[int64](ctx, s.readDB, "finding the newest token",
+			`SELECT coalesce(max(seq), 0) FROM tokens`)
+		more, last = q.scanRange(newest)
+		return more, last, err
+	}
+	const found = `SELECT rowid FROM token_search(?1) WHERE `
+	query := found + `rowid < ?2 ORDER BY rowid DESC LIMIT 1 OFFSET ?3`
+	if q.order == tokensOldest {
+		query, last = found+`rowid > ?2 ORDER BY rowid LIMIT 1 OFFSET ?3`, math.MaxInt64
+	}
+	isFiltered := q.project != "" || q.active != nil || q.prefix != ""
+	if q.search.isEmpty() || !isFiltered || s.backend != nil { // PostgreSQL uses the index of the project instead
+		return false, last, nil
+	}
+	end, err := queryValue[int64](ctx, s.readDB, "searching tokens", query, q.search.indexed, q.seqBound(),
+		cmp.Or(q.maxFound, maxFoundNames)-1)
+	if errors.Is(err, errNotFound) {
+		return false, last, nil
+	}
+	return true, end, err
 }
 
 // scanRange returns the last seq that one page of a search without an index reads, and whether there are tokens after
@@ -229,8 +252,8 @@ func (q *tokenListQuery) searchStatement() (string, []any) {
 			JOIN tokens ON seq = found WHERE `
 		foundInProject = found + `project = (SELECT seq FROM projects WHERE id = ?1) AND `
 		hasPrefix      = ` AND name >= ?3 AND name < ?4` + tokensWithActive
-		newest         = `found < ?2` + hasPrefix + `ORDER BY found DESC LIMIT ?7`
-		oldest         = `found > ?2` + hasPrefix + `ORDER BY found LIMIT ?7`
+		newest         = `found < ?2 AND found >= ?9` + hasPrefix + `ORDER BY found DESC LIMIT ?7`
+		oldest         = `found > ?2 AND found <= ?9` + hasPrefix + `ORDER BY found LIMIT ?7`
 		isMatch        = ` AND (instr(name || ' ' || id, ?10) > 0 OR instr(name || ' ' || id, ?11) > 0
 			OR instr(name || ' ' || id, ?12) > 0 OR instr(name || ' ' || id, ?13) > 0)` + hasPrefix
 		shortNewest = `seq < ?2 AND seq >= ?9` + isMatch + `ORDER BY seq DESC LIMIT ?7`
@@ -360,39 +383,6 @@ type requestFilter struct {
 	isUnpriced           bool       // only calls whose usage has no known price
 	isOldestFirst        bool
 	limit                int
-}
-
-// A callSearch finds the calls that have all its words, in any case, in what a list shows of them: project, token,
-// endpoint, model, address, status, outcome, error code, session, end user and tags. It has each word in two forms,
-// because the database folds the case of ASCII letters only.
-type callSearch struct {
-	words [maxSearchWords][2]string
-	count int
-}
-
-const maxSearchWords = 4
-
-// parseCallSearch reads the parameter search of a list of calls.
-func parseCallSearch(text string) (c callSearch, err error) {
-	t, err := parseSearchTerm(text)
-	for word := range strings.FieldsSeq(t.text) {
-		if c.count == maxSearchWords {
-			return c, badRequest("invalid_value", "search", "search must have at most 4 words.")
-		}
-		c.words[c.count] = [2]string{strings.ToLower(word), lowerASCII(strings.ToUpper(word))}
-		c.count++
-	}
-	return c, err
-}
-
-// lowerASCII folds the case of ASCII letters.
-func lowerASCII(text string) string {
-	return strings.Map(func(r rune) rune {
-		if r >= 'A' && r <= 'Z' {
-			r += 'a' - 'A'
-		}
-		return r
-	}, text)
 }
 
 // failedOutcomes stands in a filter for all outcomes but outcomeOK and outcomeOpen.

@@ -30,10 +30,11 @@ type usageQuery struct {
 	byProject, byToken, byModel, byEndpoint, byOutcome bool
 	byCache                                            bool
 	byServiceTier                                      bool
-	attribute                                          string // by its values: session, end_user, tag:KEY; "": none
-	top                                                int    // how many of its values are groups of their own
-	largestBy                                          string // calls, tokens or cost: which are the top
-	limit                                              int    // of groups, and of projects and tokens that are read
+	attribute                                          string       // whose values are groups; "": none
+	top                                                int          // how many of its values are groups of their own
+	largestBy                                          string       // calls, tokens or cost: which are the top
+	values                                             []usageShare // the top, if they are known
+	limit                                              int          // of groups, and of scopes that are read
 }
 
 // A usageKey names a group; fields by which the query does not group are zero.

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"strings"
 	"time"
 )
 
@@ -480,6 +481,39 @@ func newPeriod(name, title string, now, from, to, prevFrom int64) dashPeriod {
 	p.to = min(to, now-now%p.stepMS+p.stepMS)
 	p.prevTo = min(min(to, hour)-(from-prevFrom), from)
 	return p
+}
+
+// A callSearch finds the calls that have all its words, in any case, in what a list shows of them: project, token,
+// endpoint, model, address, status, outcome, error code, session, end user and tags. It has each word in two forms,
+// because the database folds the case of ASCII letters only.
+type callSearch struct {
+	words [maxSearchWords][2]string
+	count int
+}
+
+const maxSearchWords = 4
+
+// parseCallSearch reads the parameter search of a list of calls.
+func parseCallSearch(text string) (c callSearch, err error) {
+	t, err := parseSearchTerm(text)
+	for word := range strings.FieldsSeq(t.text) {
+		if c.count == maxSearchWords {
+			return c, badRequest("invalid_value", "search", "search must have at most 4 words.")
+		}
+		c.words[c.count] = [2]string{strings.ToLower(word), lowerASCII(strings.ToUpper(word))}
+		c.count++
+	}
+	return c, err
+}
+
+// lowerASCII folds the case of ASCII letters.
+func lowerASCII(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= 'A' && r <= 'Z' {
+			r += 'a' - 'A'
+		}
+		return r
+	}, text)
 }
 
 // dashPeriods returns the periods to choose from. Days, weeks and months are those of UTC; weeks start on Monday.
