@@ -21,6 +21,8 @@ const (
 	stmtCountTokenUse
 	stmtRecordOK
 	stmtRecordOK8
+	stmtRecordAgentOK
+	stmtRecordAgentOK8
 	stmtRecord
 	stmtRecord8
 	stmtPrice
@@ -39,6 +41,7 @@ const (
 	stmtLatency
 	stmtLatency8
 	stmtDelivered
+	stmtKeepInMemory
 	stmtBeginTx
 	stmtCommit
 	stmtRollback
@@ -46,15 +49,26 @@ const (
 )
 
 // The numbers of values in one row.
-const okColumnCount, recordColumnCount, sumColumnCount, attributedColumnCount, latencyColumnCount = 14, 34, 19, 24, 5
+const (
+	okColumnCount, agentOKColumnCount, recordColumnCount      = 14, 22, 34
+	sumColumnCount, attributedColumnCount, latencyColumnCount = 19, 24, 5
+)
 
-// A plain successful call has a shorter statement, because most calls are such and each value costs.
+// Successful calls have shorter statements, because most calls are such and each value costs: a plain call, and one
+// of an agent, with a session, a cached prompt or such.
 const (
 	insertOK = `
 		INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
 			usage_source, input_tokens, output_tokens, cost, price, first_byte_us, total_us)
 		VALUES `
 	okValues = `(?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?, ?)`
+
+	insertAgentOK = `
+		INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
+			usage_source, input_tokens, output_tokens, cost, price, first_byte_us, total_us, cached_tokens,
+			cache_write_tokens, reasoning_tokens, details, session, end_user, tags, routed_by)
+		VALUES `
+	agentOKValues = `(?, ?, ?, ?, ?, ?, ?, ?, 200, 'ok', 'exact', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 
 	insertRecord = `
 		INSERT INTO requests (id, project, token, upstream, endpoint, model, stream, address, status, outcome,
@@ -153,6 +167,10 @@ func ledgerSQL() [ledgerStmtCount]string {
 		stmtRecordOK: insertOK + okValues,
 		stmtRecordOK8: insertOK + okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues + `, ` +
 			okValues + `, ` + okValues + `, ` + okValues + `, ` + okValues,
+		stmtRecordAgentOK: insertAgentOK + agentOKValues,
+		stmtRecordAgentOK8: insertAgentOK + agentOKValues + `, ` + agentOKValues + `, ` +
+			agentOKValues + `, ` + agentOKValues + `, ` + agentOKValues + `, ` + agentOKValues + `, ` +
+			agentOKValues + `, ` + agentOKValues,
 		stmtRecord: insertRecord + recordValues,
 		stmtRecord8: insertRecord + recordValues + `, ` + recordValues + `, ` + recordValues + `, ` + recordValues +
 			`, ` + recordValues + `, ` + recordValues + `, ` + recordValues + `, ` + recordValues,
@@ -179,18 +197,22 @@ func ledgerSQL() [ledgerStmtCount]string {
 			latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` + latencyValues + `, ` +
 			latencyValues + addToLatency,
 		stmtDelivered: upsertSetting,
-		stmtBeginTx:   `BEGIN IMMEDIATE`,
-		stmtCommit:    `COMMIT`,
-		stmtRollback:  `ROLLBACK`,
+		// A statement with several rows copies the pages that it changes, to be able to take all rows back. Large
+		// copies would go to a file.
+		stmtKeepInMemory: `PRAGMA temp_store = 2`,
+		stmtBeginTx:      `BEGIN IMMEDIATE`,
+		stmtCommit:       `COMMIT`,
+		stmtRollback:     `ROLLBACK`,
 	}
 }
 
 // rowsOfStatement returns how many rows a statement writes, 0 if that depends.
 func rowsOfStatement(stmt int) int64 {
 	switch stmt {
-	case stmtRecordOK8, stmtRecord8, stmtSum8, stmtAttributedSum8, stmtLatency8:
+	case stmtRecordOK8, stmtRecordAgentOK8, stmtRecord8, stmtSum8, stmtAttributedSum8, stmtLatency8:
 		return 8
-	case stmtInsertPending, stmtRecordOK, stmtRecord, stmtSum, stmtAttributedSum, stmtLimitUse, stmtHour, stmtLatency:
+	case stmtInsertPending, stmtRecordOK, stmtRecordAgentOK, stmtRecord, stmtSum, stmtAttributedSum, stmtLimitUse,
+		stmtHour, stmtLatency:
 		return 1
 	}
 	return 0
@@ -322,6 +344,9 @@ func (w *ledgerWriter) prepare(c any) error {
 		if w.stmts[i], ok = st.(driver.StmtExecContext); !ok {
 			return fmt.Errorf("the driver's statement is a %T", st)
 		}
+	}
+	if err := w.exec(context.Background(), stmtKeepInMemory); err != nil {
+		return fmt.Errorf("preparing the ledger: %w", err)
 	}
 	w.conn = conn
 	return nil
@@ -492,14 +517,20 @@ func (g *rowGroup) flush(ctx context.Context) error {
 // insertRequests writes the rows of calls, and their content where it is stored.
 func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) error {
 	plain := w.newRowGroup(stmtRecordOK, stmtRecordOK8, okColumnCount)
+	agents := w.newRowGroup(stmtRecordAgentOK, stmtRecordAgentOK8, agentOKColumnCount)
 	full := w.newRowGroup(stmtRecord, stmtRecord8, recordColumnCount)
 	for _, r := range rows {
 		var err error
-		if r.isPlainOK() {
+		session, endUser, tags := r.attribution.columns()
+		switch {
+		case r.isPlainOK():
 			err = plain.add(ctx, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
 				r.counts.input, r.counts.output, r.cost, r.priceID(), r.firstByteUS, r.totalUS)
-		} else {
-			session, endUser, tags := r.attribution.columns()
+		case r.isOK() && w.send == nil: // PostgreSQL takes all other rows at once
+			err = agents.add(ctx, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream, r.address,
+				r.counts.input, r.counts.output, r.cost, r.priceID(), r.firstByteUS, r.totalUS, r.counts.cached,
+				r.counts.cacheWrite, r.counts.reasoning, r.detailsJSON(), session, endUser, tags, r.routedBy)
+		default:
 			err = full.add(ctx, r.id, r.project, r.token, r.upstream, r.endpoint, r.model, r.stream,
 				r.address, int64(r.status), string(r.outcome), r.errorCode, string(r.source),
 				r.counts.input, r.counts.cached, r.counts.cacheWrite, r.counts.output, r.counts.reasoning,
@@ -525,10 +556,12 @@ func (w *ledgerWriter) insertRequests(ctx context.Context, rows []*requestRow) e
 			return err
 		}
 	}
-	if err := plain.flush(ctx); err != nil {
-		return err
+	for _, g := range [...]*rowGroup{&plain, &agents, &full} {
+		if err := g.flush(ctx); err != nil {
+			return err
+		}
 	}
-	return full.flush(ctx)
+	return nil
 }
 
 // storePrice stores a price that the cost of a call is made of.
@@ -601,12 +634,6 @@ func (w *ledgerWriter) writeTally(ctx context.Context, t *usageTally) error {
 		}
 	}
 	return latency.flush(ctx)
-}
-
-// isRecorded reports whether a call has a row.
-func (s *store) isRecorded(ctx context.Context, id int64) (bool, error) {
-	n, err := queryValue[int](ctx, s.readDB, "looking for a call", `SELECT count(*) FROM requests WHERE id = ?`, id)
-	return n > 0, err
 }
 
 // selectRecoverable selects what a pending record has, for recoverableColumns.

@@ -600,3 +600,26 @@ func (p *dashPeriod) addTo(values url.Values) url.Values {
 	}
 	return values
 }
+
+// routedByText says how the call came to its upstream: by what it has in common with others, or after another attempt
+// had failed.
+func (r *requestRow) routedByText() string {
+	if r.attempts > 1 {
+		return "failover"
+	}
+	return r.routedBy
+}
+
+// idempotencyText returns the hash of the Idempotency-Key as text, "" for none.
+func (r *requestRow) idempotencyText() string {
+	if r.idempotencyHash == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%016x", uint64(r.idempotencyHash))
+}
+
+// isRecorded reports whether a call has a row.
+func (s *store) isRecorded(ctx context.Context, id int64) (bool, error) {
+	n, err := queryValue[int](ctx, s.readDB, "looking for a call", `SELECT count(*) FROM requests WHERE id = ?`, id)
+	return n > 0, err
+}

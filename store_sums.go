@@ -10,6 +10,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -20,6 +21,7 @@ import (
 	"maps"
 	"math"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -61,28 +63,15 @@ func (r *requestRow) appendPendingRecord(b []byte) []byte {
 
 // isPlainOK reports whether the row has no value beyond those of a plain successful call.
 func (r *requestRow) isPlainOK() bool {
+	return r.isOK() && r.counts == tokenCounts{input: r.counts.input, output: r.counts.output} &&
+		r.details == usageDetails{} && r.routedBy == "" && r.attribution == nil
+}
+
+// isOK reports whether the row is that of a call which went well at once.
+func (r *requestRow) isOK() bool {
 	return r.outcome == outcomeOK && r.status == 200 && r.source == usageExact && r.priced && r.firstByteUS >= 0 &&
-		r.counts.cached == 0 && r.counts.cacheWrite == 0 && r.counts.reasoning == 0 && r.counts.audioInput == 0 &&
-		r.counts.audioOutput == 0 && r.details == usageDetails{} && r.attempts == 1 &&
-		r.routedBy == "" && !r.isClientRetry && r.idempotencyHash == 0 &&
-		r.errorCode == "" && r.cache == "" && r.limitHit == "" && r.attemptLog == "" && r.attribution == nil
-}
-
-// routedByText says how the call came to its upstream: by what it has in common with others, or after another attempt
-// had failed.
-func (r *requestRow) routedByText() string {
-	if r.attempts > 1 {
-		return "failover"
-	}
-	return r.routedBy
-}
-
-// idempotencyText returns the hash of the Idempotency-Key as text, "" for none.
-func (r *requestRow) idempotencyText() string {
-	if r.idempotencyHash == 0 {
-		return ""
-	}
-	return fmt.Sprintf("%016x", uint64(r.idempotencyHash))
+		r.attempts == 1 && r.clientRetry == 0 && r.idempotencyHash == 0 && r.errorCode == "" && r.cache == "" &&
+		r.limitHit == "" && r.attemptLog == ""
 }
 
 // priceID returns what names the price in the ledger, 0 if there is none.
@@ -243,6 +232,7 @@ func buildLedgerBatch(pending *pendingBatch, settled []*ledgerEntry, sums []sumO
 		pending.written = true
 		b.pendingBatchID, b.pendingRecordsJSON = pending.id, append(pending.recordsJSON, ']')
 	}
+	b.records = make([]*requestRow, 0, len(settled))
 	for _, e := range settled {
 		b.records = append(b.records, &e.row)
 		if p := e.batch; p != nil && p.written { // otherwise the call was refused, or its pending record failed
@@ -251,6 +241,8 @@ func buildLedgerBatch(pending *pendingBatch, settled []*ledgerEntry, sums []sumO
 			}
 		}
 	}
+	// In the order of their ids nearly all rows go to the end of the table and of its indexes.
+	slices.SortFunc(b.records, func(r, o *requestRow) int { return cmp.Compare(r.id, o.id) })
 	return b, func() {
 		for _, e := range settled {
 			if e.batch != nil && e.batch.written {

@@ -755,7 +755,8 @@ func BenchmarkLedgerBatch(b *testing.B) {
 						firstByteUS: int64(100_000 + i*20_000), totalUS: int64(300_000 + i*70_000), attempts: 1}
 					if v.sessions {
 						row.counts.cached, row.routedBy = 300, "session"
-						row.attribution = &attribution{session: fmt.Sprintf("01998f2e-3b4c-7d5e-8f60-%016x", row.id&^1)}
+						row.attribution = &attribution{ // ids of sessions are random
+							session: fmt.Sprintf("%016x-8f60-01998f2e3b4c", uint64(row.id>>1)*0x9e3779b97f4a7c15)}
 					}
 					pending.add(row.id, row.appendPendingRecord(nil))
 					entries = append(entries, &ledgerEntry{row: row, batch: pending})
