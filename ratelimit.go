@@ -585,20 +585,25 @@ func (e *endpoint) costBound(
 	if pictures {
 		output.output = mulSat(f.pictureTokens(), max(1, f.n))
 	}
-	raise := func(bound *int64, c tokenCounts, d usageDetails, certain bool, text string) (known bool) {
-		nanos, ok := p.cost(&c, &d, nil)
+	rates := p.ratesFor(est.input, d.tier)
+	raise := func(bound *int64, k, plain priceKind, c tokenCounts, d usageDetails, certain bool, text string) {
+		if rates.rate(k) <= rates.rate(plain) && !pictures { // nearly always: all is of the kind, so it is not dearer
+			return
+		}
+		nanos, _ := p.cost(&c, &d, nil)
 		if nanos > *bound && (certain || mentions(text)) {
 			*bound = nanos
 		}
-		return ok
 	}
 	if !e.billsOtherwise(p) {
-		pictureOutput := d
+		pictureOutput, known := d, false
 		if pictures {
 			pictureOutput.imageOutput = output.output
 		}
-		if !raise(&b.input, input, d, true, "") || output.output > 0 &&
-			!raise(&b.output, output, pictureOutput, true, "") {
+		if b.input, known = p.cost(&input, &d, nil); known && output.output > 0 {
+			b.output, known = p.cost(&output, &pictureOutput, nil)
+		}
+		if !known {
 			return b, "model"
 		}
 		least := b.input
@@ -611,25 +616,25 @@ func (e *endpoint) costBound(
 }
 
 // boundKinds raises the bound to the dearest kinds of input and output that the body may ask for. A kind without a
-// price does not raise it: then nothing bills it, or the cost turns out to be unknown. raise raises a bound if that is
-// certain, or the body has a text.
+// price does not raise it: then nothing bills it, or the cost turns out to be unknown. raise raises a bound, by a kind
+// in place of another, if that is certain, or the body has a text.
 func (e *endpoint) boundKinds(b *costBound, input, output tokenCounts, d usageDetails,
-	raise func(bound *int64, c tokenCounts, d usageDetails, certain bool, text string) (known bool),
+	raise func(bound *int64, k, plain priceKind, c tokenCounts, d usageDetails, certain bool, text string),
 ) {
 	written, hour, sound, picture := input, d, input, d
 	written.cacheWrite, sound.audioInput = input.input, input.input
 	hour.cacheWrite1h, picture.imageInput = input.input, input.input
-	raise(&b.input, written, d, e.api != apiAnthropic, "cache_control")
-	raise(&b.input, written, hour, false, `"1h"`)
-	raise(&b.input, sound, d, e.body == bodyForm, "input_audio")
-	raise(&b.input, input, picture, strings.HasPrefix(e.pattern, "/v1/images/"), "image")
+	raise(&b.input, kindCacheWrite, kindInput, written, d, e.api != apiAnthropic, "cache_control")
+	raise(&b.input, kindCacheWrite1h, kindInput, written, hour, false, `"1h"`)
+	raise(&b.input, kindAudioInput, kindInput, sound, d, e.body == bodyForm, "input_audio")
+	raise(&b.input, kindImageInput, kindInput, input, picture, strings.HasPrefix(e.pattern, "/v1/images/"), "image")
 	if output.output == 0 {
 		return
 	}
 	thoughts, spoken := output, output
 	thoughts.reasoning, spoken.audioOutput = output.output, output.output
-	raise(&b.output, thoughts, d, true, "")
-	raise(&b.output, spoken, d, false, `"audio"`)
+	raise(&b.output, kindReasoningOutput, kindOutput, thoughts, d, true, "")
+	raise(&b.output, kindAudioOutput, kindOutput, spoken, d, false, `"audio"`)
 }
 
 // billsOtherwise reports whether the endpoint bills this model by something else than tokens.

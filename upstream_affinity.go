@@ -332,7 +332,11 @@ func (t *retryTracker) record(c *sentCall, row *requestRow) {
 
 // clientRetryOf returns how often the client has sent the call before, as the SDKs of OpenAI and Anthropic count.
 func clientRetryOf(h http.Header) int64 {
-	n, err := strconv.ParseUint(h.Get("X-Stainless-Retry-Count"), 10, 32)
+	values := h["X-Stainless-Retry-Count"]
+	if len(values) == 0 {
+		return 0
+	}
+	n, err := strconv.ParseUint(values[0], 10, 32)
 	if err != nil {
 		return 0
 	}
