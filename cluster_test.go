@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -439,7 +440,7 @@ func TestClusterFenced(t *testing.T) {
 	requirePostgres(t)
 	direct := newReplicas(t, 1, fastReplicas())[0]
 	cut := newCuttable(t, direct.env["DATABASE_URL"])
-	p := direct.newReplica(map[string]string{"DATABASE_URL": cut.url, "DRAIN_DELAY": "0s"}, nil)
+	p := direct.newReplica(map[string]string{"DATABASE_URL": cut.url, "DRAIN_DELAY": "30s"}, nil)
 	p.allowErrors = true
 	release := make(chan struct{})
 	defer close(release)
@@ -485,8 +486,18 @@ func TestClusterFenced(t *testing.T) {
 			return false
 		}
 	})
+	began := time.Now()
 	if err := p.stop(); !errors.Is(err, errFenced) {
 		t.Errorf("it ended with %v", err)
+	}
+	log := string(p.log.bytes())
+	if d := time.Since(began); d > 5*time.Second || strings.Contains(log, `"error":null`) ||
+		strings.Contains(log, "could not be returned") ||
+		!strings.Contains(log, "calls that ended are kept in a file") {
+		t.Errorf("it ended after %v: %s", d, log[max(0, len(log)-2000):])
+	}
+	if _, err := os.Stat(p.instance.cfg.unwrittenFile()); err != nil {
+		t.Errorf("the call that it ended: %v", err)
 	}
 	direct.manage("GET", "/manage/requests", "", 200, &list)
 	if len(list.Data) != 1 || list.Data[0].Outcome != "lost" {

@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log"
 	"net"
 	"net/http"
@@ -162,6 +161,7 @@ type instance struct {
 	certificate     *certificate   // nil: no TLS
 	hangups         chan os.Signal // SIGHUP; nil: ignored
 	fenced          chan struct{}  // closed once this process can write nothing any more, and has to end
+	endsFenced      bool           // it ends because of that
 }
 
 // openInstance opens what is on disk, builds the surfaces on it and starts the workers.
@@ -205,6 +205,7 @@ func (in *instance) openDatabase(ctx context.Context) (err error) {
 	}
 	if in.cfg.postgres != nil {
 		in.cfg.postgres.replicated, in.cfg.postgres.address = true, in.cfg.replicaAddress()
+		in.cfg.postgres.inform = in.log.Info
 		in.cfg.postgres.nonce, in.cfg.postgres.previousNonce = randomBase62(22), in.dir.replicaNonce()
 	}
 	if in.store, err = openDatabase(ctx, in.cfg.databaseFile, in.cfg.postgres); err != nil && in.cfg.postgres != nil {
@@ -253,7 +254,7 @@ func (in *instance) openLedger(ctx context.Context) error {
 		return err
 	}
 	in.prices.Store(prices)
-	if err = in.recordUnwritten(ctx); err != nil {
+	if err = recordUnwritten(ctx, in.store, in.log.Logger, in.cfg.unwrittenFile()); err != nil {
 		return err
 	}
 	box := newOutbox(in.cfg.unwrittenFile(), in.store.chain, in.log.Logger)
@@ -389,10 +390,13 @@ func (in *instance) close() error {
 	if in.ledger != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
-		if err := in.ledger.close(ctx); err != nil {
-			errs = append(errs, in.keepUnwritten())
+		if in.endsFenced { // nothing can be written any more
+			cancel()
 		}
-		if in.proxy != nil {
+		if err := in.ledger.close(ctx); err != nil {
+			errs = append(errs, in.ledger.keepUnwritten(in.endsFenced, in.cfg.databaseFile))
+		}
+		if in.proxy != nil && !in.endsFenced {
 			in.proxy.limits.returnLeases(ctx, in.log.Logger)
 		}
 	}
@@ -411,44 +415,6 @@ func (in *instance) close() error {
 		errs = append(errs, in.dir.close())
 	}
 	return errors.Join(errs...)
-}
-
-// keepUnwritten keeps the rows that the closed ledger could not write, for the next start.
-func (in *instance) keepUnwritten() error {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-	defer cancel()
-	reason := in.store.checkWritable(ctx)
-	l, name := in.ledger, in.cfg.unwrittenFile()
-	rows := len(l.settledEntries) + len(l.sumOnlyRows)
-	if rows == 0 {
-		return nil
-	}
-	if err := l.keepRows(true); err != nil {
-		return fmt.Errorf("%d calls could not be recorded: the database cannot be written (%w), nor can %s: %w; "+
-			"the next start records those that it knows as lost", rows, reason, name, err)
-	}
-	in.log.Error("the database cannot be written; calls that ended are kept in a file, and the next start records "+
-		"them. If it is a locked file, find the program with: fuser "+in.cfg.databaseName,
-		"rows", rows, "file", name, "error", reason)
-	return nil
-}
-
-// recordUnwritten records the rows that an earlier process has kept.
-func (in *instance) recordUnwritten(ctx context.Context) error {
-	name := in.cfg.unwrittenFile()
-	rows, torn, err := recordOutbox(ctx, in.store, name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("recording the calls that the database did not take, which %s has: %w (without it, those "+
-			"that had begun are recorded as lost)", name, err)
-	}
-	if torn {
-		in.log.Warn("the last line of a file of calls is skipped, because it was not written to its end", "file", name)
-	}
-	in.log.Warn("calls that the last stop could not write are recorded", "rows", rows, "file", name)
-	return nil
 }
 
 // listen opens LISTEN_ADDR, and METRICS_ADDR if it is set.
@@ -503,11 +469,11 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
 	}
 	select {
 	case <-ctx.Done():
-		in.drain(hs, in.cfg.drainTimeout)
+		in.drain(hs, in.cfg.drainTimeout, in.cfg.drainDelay)
 	case <-in.fenced:
-		in.log.Error("another process has closed this replica, which did not answer: start it again")
-		ended = errFenced
-		in.drain(hs, 0)
+		in.log.Error("another process has closed this replica, which did not answer: it ends; start it again")
+		ended, in.endsFenced = errFenced, true
+		in.drain(hs, 0, 0)
 	case err := <-failed:
 		_ = ms.Close()
 		return errors.Join(fmt.Errorf("serving: %w", err), in.close())
@@ -521,18 +487,18 @@ func (in *instance) serve(ctx context.Context, ready func(net.Addr)) error {
 }
 
 // drain refuses new calls, waits for running ones to end, and closes hs. Until then, and at least
-// for DRAIN_DELAY, it accepts connections and answers 503 and Connection: close on new and open
+// for delay, it accepts connections and answers 503 and Connection: close on new and open
 // ones: a closed port or connection would drop requests that are under way.
-func (in *instance) drain(hs *http.Server, timeout time.Duration) {
+func (in *instance) drain(hs *http.Server, timeout, delay time.Duration) {
 	in.log.Info("draining", "timeout", timeout.String())
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	delay := time.After(in.cfg.drainDelay)
+	delayed := time.After(delay)
 	if in.cfg.listenAddr == systemdListen {
 		_ = in.listener.Close() // clients wait in systemd's socket for the next process
 	}
 	in.running.drain(ctx)
-	<-delay
+	<-delayed
 	_ = in.listener.Close()
 	last, done := context.WithTimeout(context.Background(), time.Second) // for administrators' requests
 	defer done()

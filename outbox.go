@@ -260,6 +260,34 @@ func (o *outbox) close() {
 	clear(o.kept)
 }
 
+// keepUnwritten keeps the rows that the closed ledger could not write, for the next start. fenced: this process may not
+// write any more. databaseFile is "" with PostgreSQL.
+func (l *ledger) keepUnwritten(fenced bool, databaseFile string) error {
+	rows := len(l.settledEntries) + len(l.sumOnlyRows)
+	if rows == 0 {
+		return nil
+	}
+	what := "the database cannot be written; calls that ended are kept in a file, and the next start records them"
+	reason := errFenced
+	switch {
+	case fenced:
+		what = "calls that ended are kept in a file; the next start records those that are not recorded as lost"
+	case databaseFile != "":
+		what += ". If it is a locked file, find the program with: fuser " + databaseFile
+		fallthrough
+	default:
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		reason = cmp.Or(l.store.checkWritable(ctx), errors.New("it did not take the rows in time"))
+	}
+	if err := l.keepRows(true); err != nil {
+		return fmt.Errorf("%d calls could not be recorded: the database cannot be written (%w), nor can %s: %w; "+
+			"the next start records those that it knows as lost", rows, reason, l.outbox.name, err)
+	}
+	l.log.Error(what, "rows", rows, "file", l.outbox.name, "error", reason)
+	return nil
+}
+
 // report logs an error that is new, and its end.
 func (o *outbox) report(err error) {
 	if failing := err != nil; failing != o.failing {
@@ -421,6 +449,23 @@ func recordOutbox(ctx context.Context, st *store, name string) (rows int, torn b
 		all = all[n:]
 	}
 	return rows, torn, removeOutbox(ctx, st, name, ids...)
+}
+
+// recordUnwritten is recordOutbox for a start. There may be no file.
+func recordUnwritten(ctx context.Context, st *store, log *slog.Logger, name string) error {
+	rows, torn, err := recordOutbox(ctx, st, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("recording the calls that the database did not take, which %s has: %w (without it, those "+
+			"that had begun are recorded as lost)", name, err)
+	}
+	if torn {
+		log.Warn("the last line of a file of calls is skipped, because it was not written to its end", "file", name)
+	}
+	log.Warn("calls that the last stop could not write are recorded", "rows", rows, "file", name)
+	return nil
 }
 
 // recordRows records those rows of one process that the database does not have, and returns how many. They are in the

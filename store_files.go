@@ -31,7 +31,8 @@ type postgresConfig struct {
 	previousNonce  string // of the last process with this data directory, which has ended; "" if there was none
 	// replicated lets several processes serve with one database at the same time. Without it, this process is alone.
 	replicated bool
-	clock      func() time.Time // of this machine; nil: the system's
+	clock      func() time.Time              // of this machine; nil: the system's
+	inform     func(msg string, args ...any) // writes to the log; nil: nothing does
 }
 
 // A backend is what PostgreSQL needs beside statements. It belongs to one store.

@@ -159,10 +159,7 @@ func newPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *postgre
 			return nil, err
 		}
 		p.listen = connector.listen
-		db := sql.OpenDB(connector)
-		db.SetMaxOpenConns(n)
-		db.SetMaxIdleConns(n)
-		return db, nil
+		return openPool(connector, n), nil
 	}
 	readOnly := map[string]string{"default_transaction_read_only": "on"}
 	if p.store.readDB, err = open(max(int(c.connections)-6, 2), readOnly); err != nil {
@@ -187,7 +184,15 @@ func newPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *postgre
 	if err = p.checkServer(ctx); err != nil {
 		return nil, err
 	}
-	return p, p.join(ctx)
+	return p, p.join(ctx, u)
+}
+
+// openPool returns a pool of n connections.
+func openPool(connector *postgresConnector, n int) *sql.DB {
+	db := sql.OpenDB(connector)
+	db.SetMaxOpenConns(n)
+	db.SetMaxIdleConns(n)
+	return db
 }
 
 func (p *postgres) backend() *backend {
@@ -277,7 +282,7 @@ func newPostgresConnector(c *postgresConfig, u *url.URL, parameters map[string]s
 	if config.ApplicationName == "" {
 		config.ApplicationName = "llm-proxy"
 	}
-	runtime := map[string]string{"statement_timeout": strconv.FormatInt(c.timeout.Milliseconds(), 10),
+	runtime := map[string]string{statementTimeout: strconv.FormatInt(c.timeout.Milliseconds(), 10),
 		"idle_in_transaction_session_timeout": strconv.FormatInt(c.maxIdleTx().Milliseconds(), 10),
 		"timezone":                            "UTC", "standard_conforming_strings": "on"}
 	maps.Copy(runtime, config.Runtime)
@@ -287,7 +292,11 @@ func newPostgresConnector(c *postgresConfig, u *url.URL, parameters map[string]s
 	if err != nil {
 		return nil, errors.New(withoutPassword(u, err))
 	}
-	inner.Dialer(postgresDialer{c.timeout + 5*time.Second})
+	silence := c.timeout + 5*time.Second
+	if runtime[statementTimeout] == "0" {
+		silence = 0
+	}
+	inner.Dialer(postgresDialer{silence})
 	listening := *u
 	if config.Password != "" {
 		listening.User = url.UserPassword(config.User, config.Password)
@@ -334,8 +343,11 @@ func discardConn(conn *sql.Conn) {
 	_ = conn.Close()
 }
 
+// statementTimeout is how long a statement may take, as a parameter of a connection; 0: as long as it needs.
+const statementTimeout = "statement_timeout"
+
 // A postgresDialer dials connections that fail when the server has been silent for longer than any statement may take:
-// its machine or the network is gone.
+// its machine or the network is gone. Without such a bound (0), TCP's keepalives notice that.
 type postgresDialer struct{ silence time.Duration }
 
 func (d postgresDialer) Dial(network, address string) (net.Conn, error) {
@@ -352,6 +364,9 @@ func (d postgresDialer) DialContext(ctx context.Context, network, address string
 	conn, err := new(net.Dialer).DialContext(ctx, network, address)
 	if err != nil {
 		return nil, err
+	}
+	if d.silence == 0 {
+		return conn, nil
 	}
 	return &postgresNetConn{conn, d.silence}, nil
 }

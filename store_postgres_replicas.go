@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/url"
 	"slices"
 	"strconv"
 	"sync"
@@ -37,7 +38,8 @@ const (
 	keptCommits     = 10_000 // of so many processes the last commit is known
 )
 
-// lockOut takes one of the locks that others wait for, until the function that it returns is called.
+// lockOut takes one of the locks that others wait for, until the function that it returns is called. After a minute it
+// returns errLockedOut: a start tries it again then.
 func (c *cluster) lockOut(ctx context.Context, lock int) (release func(), err error) {
 	conn, err := c.db.lockDB.Conn(ctx)
 	if err != nil {
@@ -49,12 +51,16 @@ func (c *cluster) lockOut(ctx context.Context, lock int) (release func(), err er
 			return sync.OnceFunc(func() { discardConn(conn) }), nil // the server releases the lock
 		}
 		if err == nil && attempts == 0 {
-			err = errors.New("another llm-proxy has been starting with it for a minute; look at its log")
+			err = fmt.Errorf("%w, for longer than a minute: its log says why", errLockedOut)
 		}
 		if err != nil {
 			return nil, errors.Join(err, conn.Close())
 		}
-		time.Sleep(lockPause)
+		select {
+		case <-ctx.Done():
+			return nil, errors.Join(ctx.Err(), conn.Close())
+		case <-time.After(lockPause):
+		}
 	}
 }
 
@@ -93,7 +99,7 @@ func tryAdvisoryLock(ctx context.Context, conn *sql.Conn, lock int, key int32) (
 }
 
 // join makes this process one of the replicas: it takes its locks, migrates the schema and sends the first heartbeat.
-func (p *postgres) join(ctx context.Context) (err error) {
+func (p *postgres) join(ctx context.Context, u *url.URL) (err error) {
 	if p.started, err = p.cluster.lockOut(ctx, lockStarting); err != nil {
 		p.started = func() {}
 		return err
@@ -101,7 +107,7 @@ func (p *postgres) join(ctx context.Context) (err error) {
 	if err = p.cluster.takeLock(ctx); err != nil {
 		return err
 	}
-	if err = p.migrate(ctx); err != nil {
+	if err = p.migrate(ctx, u); err != nil {
 		return err
 	}
 	if err = p.register(ctx); err != nil {

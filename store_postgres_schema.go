@@ -12,7 +12,9 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io/fs"
+	"net/url"
 	"strings"
+	"time"
 )
 
 //go:embed schema/postgres/*.sql
@@ -38,18 +40,24 @@ func postgresSchemaVersion(ctx context.Context, db querier) (version, supported 
 
 // migrate runs the schema files that the database has not seen, in one transaction. The caller has locked other
 // processes out that start. Some of the version before may be serving: if a migration and what they write wait for each
-// other, it is tried again.
-func (p *postgres) migrate(ctx context.Context) error {
+// other, it is tried again. A statement may take as long as it needs: u is where to connect for that.
+func (p *postgres) migrate(ctx context.Context, u *url.URL) error {
+	connector, err := newPostgresConnector(p.config, u, map[string]string{statementTimeout: "0"})
+	if err != nil {
+		return err
+	}
+	db := openPool(connector, 1)
+	defer db.Close()
 	for attempts := 5; ; attempts-- {
-		err := p.migrateOnce(ctx)
+		err := p.migrateOnce(ctx, db)
 		if sqlState(err) != "40P01" || attempts == 0 {
 			return err
 		}
 	}
 }
 
-func (p *postgres) migrateOnce(ctx context.Context) error {
-	tx, err := p.store.writeDB.BeginTx(ctx, nil)
+func (p *postgres) migrateOnce(ctx context.Context, db *sql.DB) error {
+	tx, err := db.BeginTx(ctx, nil)
 	if err != nil {
 		return fmt.Errorf("beginning a transaction: %w", err)
 	}
@@ -75,10 +83,10 @@ func (p *postgres) migrateOnce(ctx context.Context) error {
 			return describePostgresProblems(problems, version)
 		}
 	}
+	began := time.Now()
 	if version < supported {
-		if _, err := tx.ExecContext(ctx, `SET LOCAL statement_timeout = 0`); err != nil {
-			return fmt.Errorf("preparing to migrate: %w", err)
-		}
+		p.inform("migrating the database; that may take long, and must not be interrupted", "from", version,
+			"to", supported)
 		if err := runPostgresSchema(ctx, tx, version, supported); err != nil {
 			return err
 		}
@@ -89,7 +97,17 @@ func (p *postgres) migrateOnce(ctx context.Context) error {
 	if err := tx.Commit(); err != nil {
 		return fmt.Errorf("committing: %w", err)
 	}
+	if version < supported {
+		p.inform("the database is migrated", "seconds", int64(time.Since(began).Seconds()))
+	}
 	return nil
+}
+
+// inform writes to the log.
+func (p *postgres) inform(msg string, args ...any) {
+	if p.config.inform != nil {
+		p.config.inform(msg, args...)
+	}
 }
 
 // isCheckedSchema reports whether the schema is one that was found to be what the schema files make. The comparison is

@@ -343,6 +343,66 @@ func TestPostgresMigratedMeanwhile(t *testing.T) {
 	}
 }
 
+// TestPostgresLongMigration: a migration may take longer than any other statement, and the log says that it runs. A
+// start that waits for it waits as for a database that is away.
+func TestPostgresLongMigration(t *testing.T) {
+	requirePostgres(t)
+	text := newTestDatabase(t)
+	st, err := openPostgres(t.Context(), testPostgresConfig(text), true)
+	if err == nil {
+		_, err = st.writeDB.Exec(`UPDATE schema_version SET version = 10;
+			ALTER TABLE ledger_commits DROP COLUMN outbox, DROP COLUMN recorded,
+				ADD FOREIGN KEY (replica) REFERENCES replicas (id)`)
+		err = errors.Join(err, st.close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	db, err := openTestDatabase(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	tx, err := db.BeginTx(t.Context(), nil)
+	if err == nil {
+		_, err = tx.Exec(`LOCK TABLE ledger_commits IN ACCESS SHARE MODE`)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var log []string
+	config := testPostgresConfig(text)
+	config.timeout = time.Second
+	config.inform = func(msg string, args ...any) { log = append(log, fmt.Sprint(append([]any{msg}, args...)...)) }
+	var migrating sync.WaitGroup
+	migrating.Go(func() {
+		st, err := openPostgres(t.Context(), config, true)
+		if err == nil {
+			err = st.close()
+		}
+		if err != nil {
+			t.Errorf("the migration: %v", err)
+		}
+	})
+	waitFor(t, "a statement that waits for longer than any other may", func() bool {
+		waiting, err := queryValue[bool](t.Context(), db, "looking for it", `SELECT EXISTS (
+			SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
+				AND now() - query_start > '6.5 s')`)
+		return waiting && err == nil
+	})
+	if err := tx.Commit(); err != nil {
+		t.Error(err)
+	}
+	migrating.Wait()
+	if len(log) != 2 || !strings.Contains(log[0], "migrating the database") ||
+		!strings.Contains(log[1], "is migrated") {
+		t.Errorf("the log has %q", log)
+	}
+	if !isDatabaseAway(fmt.Errorf("starting: %w", errLockedOut)) {
+		t.Error("a start that waits for another one ends")
+	}
+}
+
 // TestPostgresCommitUnknown: a transaction whose connection was lost at its commit counts as committed if the server is
 // still committing it. A start that fails leaves no connection with a lock.
 func TestPostgresCommitUnknown(t *testing.T) {

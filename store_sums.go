@@ -329,8 +329,13 @@ func isDatabaseAway(err error) bool {
 		return true
 	}
 	_, isNetwork := errors.AsType[net.Error](err)
-	return isNetwork || errors.Is(err, driver.ErrBadConn) || errors.Is(err, io.EOF)
+	return isNetwork || errors.Is(err, driver.ErrBadConn) || errors.Is(err, io.EOF) ||
+		errors.Is(err, errLockedOut)
 }
+
+// errLockedOut means that another process does what only one can do at a time, and that others have to wait for.
+var errLockedOut = errors.New("another llm-proxy is starting with this database, migrates it, or records the calls " +
+	"of replicas that have died")
 
 // isSumOverflow reports whether a sum of a column is no int64: SQLite cannot add it up, PostgreSQL returns more digits.
 func isSumOverflow(err error) bool {
