@@ -647,3 +647,34 @@ func (ui *adminUI) recentTotal(r *pageRequest, project string) (listTotal, error
 	}
 	return listTotal{Calls: sum.calls, Cost: dollars(sum.cost)}, err
 }
+
+// findFilterToken replaces the name of a token in the filters of calls by its ID. The beginning of a name is enough if
+// no other has it. It returns what is wrong as text.
+func (ui *adminUI) findFilterToken(r *pageRequest, f *requestFilter) (problem string, err error) {
+	const most = 10
+	if f.token == "" || strings.HasPrefix(f.token, "tok_") {
+		return "", nil
+	}
+	rows, _, err := ui.store.listTokens(r.ctx, tokenListQuery{order: tokensByName, project: f.project, prefix: f.token,
+		limit: most})
+	if slices.ContainsFunc(rows, func(t tokenRow) bool { return t.name == f.token }) {
+		rows = slices.DeleteFunc(rows, func(t tokenRow) bool { return t.name != f.token })
+	}
+	if err != nil || len(rows) == 1 {
+		for _, t := range rows {
+			f.token = t.id
+		}
+		return "", err
+	}
+	var found []string
+	for _, t := range rows {
+		found = append(found, t.name+" ("+t.id+")")
+	}
+	if len(rows) == most {
+		found = append(found, "…")
+	}
+	if len(found) == 0 {
+		return "No token has this ID, or a name that begins like this.", nil
+	}
+	return "Several tokens match. Enter the ID of one: " + strings.Join(found, ", "), nil
+}

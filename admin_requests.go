@@ -96,6 +96,7 @@ func parseRequestFilter(query url.Values) (f requestFilter, problem string) {
 			return f, "A filter is longer than 512 bytes."
 		}
 	}
+	f.findModelPattern()
 	var err error
 	if f.search, err = parseCallSearch(query.Get("search")); err != nil {
 		return f, "A search has at most 4 words and 200 bytes."
@@ -105,6 +106,14 @@ func parseRequestFilter(query url.Values) (f requestFilter, problem string) {
 		return f, "“tag” must be a key and a value such as team=search."
 	}
 	return f, ""
+}
+
+// findModelPattern makes the filter for a model a pattern, if it has a wildcard.
+func (f *requestFilter) findModelPattern() {
+	if strings.Contains(f.model, "*") {
+		like := strings.NewReplacer("!", "!!", "%", "!%", "_", "!_", "*", "%")
+		f.model, f.modelPattern = "", like.Replace(strings.ToLower(f.model))
+	}
 }
 
 // withPeriod returns the filters with the times of the period instead of its name. Times that are given count more.
@@ -129,8 +138,11 @@ func (ui *adminUI) parseRequestFilter(r *pageRequest, query url.Values) (f reque
 	if query, err = withPeriod(query, r.now); err != nil {
 		return f, "There is no such period.", nil
 	}
-	if f, problem = parseRequestFilter(query); problem != "" || f.endUser == "" {
-		return f, problem, nil
+	if f, problem = parseRequestFilter(query); problem == "" {
+		problem, err = ui.findFilterToken(r, &f)
+	}
+	if problem != "" || err != nil || f.endUser == "" {
+		return f, problem, err
 	}
 	found, err := ui.ops.parseAttributionFilter(r.ctx, f.project, url.Values{endUserAttribute: {f.endUser}})
 	f.endUser = found.endUser

@@ -40,6 +40,8 @@ func TestRequestsPage(t *testing.T) {
 	since := func(r *requestRow) bool { return r.started >= from.UnixMilli() }
 	ofProject := func(r *requestRow) bool { return r.project == first.project }
 	ofToken := func(r *requestRow) bool { return r.token == first.token }
+	ofSecond := func(r *requestRow) bool { return u.projects[r.project] != u.project }
+	second := "of " + u.projects[u.rows[slices.IndexFunc(u.rows, ofSecond)].project] // the name of its token
 	for query, keep := range map[string]func(*requestRow) bool{
 		"": all,
 		"from=" + from.Format("2006-01-02T15:04") + "&to=" + to.Format("2006-01-02T15:04"): inTime,
@@ -47,6 +49,13 @@ func TestRequestsPage(t *testing.T) {
 		"project=" + u.projects[first.project]:                                             ofProject,
 		"token=" + u.tokens[first.token]:                                                   ofToken,
 		"token=" + u.tokens[first.token] + "&project=proj_none":                            none,
+		"token=" + url.QueryEscape(second):                                                 ofSecond,
+		"token=" + url.QueryEscape(second[:len(second)-2]):                                 ofSecond,
+		"model=" + url.QueryEscape("GPT*"): func(r *requestRow) bool {
+			return strings.HasPrefix(r.model, "gpt")
+		},
+		"model=" + url.QueryEscape("*T-4*"): func(r *requestRow) bool { return r.model == "gpt-4o" },
+		"model=" + url.QueryEscape("*_*"):   none,
 		"model=gpt-5&outcome=client_gone": func(r *requestRow) bool {
 			return r.model == "gpt-5" && r.outcome == outcomeClientGone
 		},
@@ -92,8 +101,10 @@ func TestRequestsPage(t *testing.T) {
 	for query, text := range map[string]string{"from=yesterday": "must be a time",
 		"to=9999-01-01T00:00": "must be a time", "from=2026-01-02T00:00&to=2026-01-01T00:00": "must be before",
 		"status=abc": "such as 429", "status=9xx": "such as 429", "status=99": "such as 429",
-		"outcome=good": "no such outcome", "id=abc": "looks like req_",
-		"model=" + strings.Repeat("x", 600): "longer than"} {
+		"outcome=good": "no such outcome", "id=abc": "looks like req_", "token=nobody": "No token has this ID",
+		"token=" + url.QueryEscape("%"):             "No token has this ID",
+		"token=" + url.QueryEscape("of "+u.project): "Several tokens match",
+		"model=" + strings.Repeat("x", 600):         "longer than"} {
 		res := b.get("/admin/requests?" + query)
 		_, value, _ := strings.Cut(query, "=")
 		if value, _ = url.QueryUnescape(value); res.status != 200 || !strings.Contains(res.body, text) ||

@@ -374,6 +374,7 @@ func (s *store) listProjects(ctx context.Context, q projectListQuery) ([]project
 type requestFilter struct {
 	project, token           string // ids
 	outcome, model, endpoint string
+	modelPattern             string // of LIKE, in lower case, with ! as its escape; besides model
 	cache                    string // cacheHit or cacheNone
 	attributionFilter
 	statusFrom, statusTo int   // statusFrom <= status < statusTo
@@ -397,8 +398,8 @@ func (f *requestFilter) needsScan() bool {
 			indexed++
 		}
 	}
-	return f.outcome != "" || f.model != "" || f.endpoint != "" || f.statusTo != 0 || f.cache != "" || f.tagKey != "" ||
-		f.search.count > 0 || f.isUnpriced || f.cause != "" || indexed > 1
+	return f.outcome != "" || f.model+f.modelPattern != "" || f.endpoint != "" || f.statusTo != 0 || f.cache != "" ||
+		f.tagKey != "" || f.search.count > 0 || f.isUnpriced || f.cause != "" || indexed > 1
 }
 
 // maxScannedRequests is how many calls are read for one page of a list.
@@ -496,8 +497,8 @@ const (
 	callsMatching = ` AND r.id >= ?2 AND r.id < ?3 AND (?4 = '' OR r.outcome = ?4
 			OR ?4 = 'failed' AND r.outcome <> 'ok' AND r.outcome <> 'open')
 		AND (?6 = '' OR r.project = (SELECT seq FROM projects WHERE id = ?6)) AND (?7 = '' OR r.model = ?7)
-		AND (?8 = '' OR r.endpoint = ?8) AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10)
-		AND (?11 = '' OR (r.cache = 'hit') = (?11 = 'hit'))
+		AND (?27 = '' OR lower(r.model) LIKE ?27 ESCAPE '!') AND (?8 = '' OR r.endpoint = ?8)
+		AND (?10 = 0 OR r.status >= ?9 AND r.status < ?10) AND (?11 = '' OR (r.cache = 'hit') = (?11 = 'hit'))
 		AND (?12 = '' OR r.token = (SELECT seq FROM tokens WHERE id = ?12))
 		AND (?13 = '' OR r.session = ?13) AND (?14 = '' OR r.end_user = ?14)
 		AND (?15 = '' OR CASE r.tags WHEN '' THEN '' ELSE r.tags ->> ?15 END = ?16)
@@ -551,7 +552,7 @@ func (s *store) listRequests(ctx context.Context, f requestFilter) ([]requestVie
 	if f.isUnpriced {
 		unpriced = "yes"
 	}
-	args = append(args, unpriced, string(f.cause))
+	args = append(args, unpriced, string(f.cause), f.modelPattern)
 	list := func(query string) ([]requestView, error) {
 		return withDetails(collect(ctx, s.readDB, "listing calls", (*requestView).columns, query, args...))
 	}
