@@ -643,7 +643,7 @@ func (ui *adminUI) editWebhook(r *pageRequest) (*pageResponse, error) {
 		return nil, err
 	}
 	v := ui.webhookForm("Save", "/admin/webhooks/"+w.ID)
-	v.Form.Version = w.Version
+	v.Form.Version, v.Crumb = w.Version, option{"/admin/webhooks/" + w.ID, w.Name}
 	v.Form.Fields[2].Help, v.Form.Fields[2].Required = "webhook-new-url", false
 	stored := storedValues(w, v.Form.Fields)
 	for _, t := range newWebhookItem(w, listPage[deliveryView]{}).Types {
