@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -629,6 +630,87 @@ func TestAttributionErased(t *testing.T) {
 	if res := p.manageAs(p.adminKey, "DELETE", "/manage/projects/"+p.project+"/end-users?end_user="+
 		strings.Repeat("a", 257), ""); res.status != 400 {
 		t.Errorf("a long name: got %d", res.status)
+	}
+}
+
+// TestAttributionErasedAlone: calls that end while their end user is erased end without the name, and what others have
+// used with a tag of the same text stays.
+func TestAttributionErasedAlone(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	const name = "amber"
+	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"attribution":{"tags":["who","team"]}}}`, 200, nil)
+	for user, tags := range map[string]string{name: "who=" + name, "other": "team=" + name} {
+		res := p.do("POST", "/v1/chat/completions", chatBody(`"user":"`+user+`"`), "Content-Type", "application/json",
+			"Authorization", "Bearer "+p.token, "X-LLM-Proxy-Tags", tags)
+		if res.status != 200 {
+			t.Fatalf("got %d %s", res.status, res.body)
+		}
+	}
+	release := make(chan struct{})
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		c.beginSSE()
+		_ = c.chunk(": wait\n\n")
+		<-release
+		return chatEventsEnd(c)
+	})
+	for range 5 {
+		var ends sync.WaitGroup
+		for range 8 {
+			stream := p.stream(p.token, `"user":"`+name+`"`)
+			if _, err := stream.read(1); err != nil {
+				t.Fatal(err)
+			}
+			ends.Go(func() { _, _ = stream.readAll() })
+		}
+		ends.Go(func() {
+			for range 8 {
+				release <- struct{}{}
+			}
+		})
+		p.manage("DELETE", "/manage/projects/"+p.project+"/end-users?end_user="+name, "", 200, nil)
+		ends.Wait()
+	}
+	p.waitSettled()
+	for _, row := range p.ledger() {
+		if row.EndUser == name {
+			t.Errorf("the row of %s has the name", row.ID)
+		}
+	}
+	for attribute, want := range map[string][]string{"end_user": {"other"}, "tag:who": nil, "tag:team": {name}} {
+		top, err := p.instance.store.topValues(t.Context(),
+			&usageQuery{attribute: attribute, to: math.MaxInt64, top: 9, largestBy: "calls"}, 99)
+		var values []string
+		for _, v := range top {
+			values = append(values, v.name)
+		}
+		if err != nil || !slices.Equal(values, want) {
+			t.Errorf("%s has the values %q, want %q: %v", attribute, values, want, err)
+		}
+	}
+}
+
+// TestAttributionEnding: an erasure waits for a call that may be ending with the name.
+func TestAttributionEnding(t *testing.T) {
+	t.Parallel()
+	rc := newRunningCalls(callLimits{maxCalls: 9})
+	isName := func(name string) bool { return name == "amber" }
+	for _, settling := range []bool{false, true} {
+		c := &runningCall{}
+		c.settling.Store(settling)
+		c.info.Store(&callInfo{project: &projectState{id: "p"}, attribution: &attribution{endUser: "amber"}})
+		if err := rc.add(c); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if rc.forgetEndUser("p", isName) != settling || !c.unnamed.Load() {
+				t.Errorf("settling %v: the erasure takes it for the opposite", settling)
+			}
+		}
+		rc.remove(c)
+		if rc.forgetEndUser("p", isName) {
+			t.Error("a call that has left is waited for")
+		}
 	}
 }
 

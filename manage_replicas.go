@@ -213,12 +213,38 @@ func (ops *operations) answer(ctx context.Context, question, argument string) (s
 // forgetEndUser lets the running calls of a project end without the end users that matches names, and returns when
 // all that have ended are written.
 func (ops *operations) forgetEndUser(ctx context.Context, project string, matches func(name string) bool) error {
-	ops.running.forgetEndUser(project, matches)
+	for ops.running.forgetEndUser(project, matches) { // such a call queues its row within microseconds, and leaves
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Millisecond):
+		}
+	}
 	written := ops.limits.ledger
 	if err := written.awaitIfHealthy(ctx, written.queuedSoFar()); err != nil {
 		return errLedgerUnavailable(err)
 	}
 	return nil
+}
+
+// forgetEndUser lets the running calls of a project end without an end user whose name matches. It reports whether one
+// of them is ending, perhaps with the name.
+func (rc *runningCalls) forgetEndUser(project string, matches func(name string) bool) (isEnding bool) {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	for c := range rc.calls {
+		info := c.info.Load()
+		if info == nil || info.project.id != project ||
+			!c.unnamed.Load() && !matches(info.attribution.value(endUserAttribute)) {
+			continue
+		}
+		c.unnamed.Store(true)
+		isEnding = isEnding || c.settling.Load()
+		shown := *info
+		shown.attribution = info.attribution.withEndUser("", nil)
+		c.info.CompareAndSwap(info, &shown)
+	}
+	return isEnding
 }
 
 // askOthers asks the other replicas a question. It returns their answers, and the ids of those that did not answer.

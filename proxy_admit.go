@@ -247,13 +247,13 @@ func (p *proxy) admit(c *call) error {
 		c.unreserveUpstream()
 		return err
 	}
-	c.publish()
 	c.entry = p.ledger.begin(requestRow{
 		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.tokenState.seq,
 		endpoint: c.endpoint.name(), stream: c.fields.stream, address: c.address,
 		upstream: c.upstream.seq, model: c.fields.model, attribution: c.attribution,
 		counts: tokenCounts{input: c.inputEstimate(), output: c.reservation.outputIfLost},
 	})
+	c.publish() // now: forgetEndUser waits for the records that are queued of the calls that it sees
 	return nil
 }
 

@@ -65,6 +65,7 @@ type runningCall struct {
 	progress callProgress
 	info     atomic.Pointer[callInfo]   // nil until the call is admitted
 	unnamed  atomic.Bool                // its end user was erased
+	settling atomic.Bool                // its row is being made, with or without the end user
 	lead     atomic.Pointer[flightLead] // of the calls that wait for its answer; nil: none can
 
 	ending sync.Mutex // held while a deadline is set for an abort
@@ -183,21 +184,6 @@ func (rc *runningCalls) remove(c *runningCall) {
 	delete(rc.calls, c)
 	rc.mu.Unlock()
 	rc.wait.Done()
-}
-
-// forgetEndUser lets the running calls of a project end without an end user whose name matches.
-func (rc *runningCalls) forgetEndUser(project string, matches func(name string) bool) {
-	rc.mu.Lock()
-	defer rc.mu.Unlock()
-	for c := range rc.calls {
-		if info := c.info.Load(); info != nil && info.project.id == project &&
-			matches(info.attribution.value(endUserAttribute)) {
-			c.unnamed.Store(true)
-			shown := *info
-			shown.attribution = info.attribution.withEndUser("", nil)
-			c.info.CompareAndSwap(info, &shown)
-		}
-	}
 }
 
 // count returns how many calls are running.

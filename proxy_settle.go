@@ -52,7 +52,7 @@ func (p *proxy) settle(c *call, r *http.Request) {
 		p.log.Warn("the provider reported token counts that cannot be; the call was estimated",
 			"request_id", c.requestID, "upstream", c.upstream.id)
 	}
-	if c.unnamed.Load() {
+	if c.settling.Store(true); c.unnamed.Load() {
 		row.attribution = row.attribution.withEndUser("", nil)
 		c.storedContent = nil // the calls that have ended have none left either
 	}

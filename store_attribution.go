@@ -263,16 +263,12 @@ func (s *store) eraseEndUser(ctx context.Context, project int64, name string) (e
 		return 0, err
 	}
 	for _, attribute := range attributes {
-		if _, err := execCount(ctx, s.writeDB, doing, `
-			DELETE FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND value = ?3 AND at IN (
-				WITH RECURSIVE hours (at) AS (
-					SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2
-					UNION ALL
-					SELECT (SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at > h.at)
-					FROM hours h WHERE h.at IS NOT NULL)
-				SELECT at FROM hours)`, project, attribute, name); err != nil {
-			return 0, err
+		if err == nil && !strings.HasPrefix(attribute, tagAttribute) {
+			err = s.eraseSums(ctx, project, attribute, name)
 		}
+	}
+	if err != nil {
+		return 0, err
 	}
 	for _, query := range [...]string{
 		`SELECT id, session, end_user, tags FROM requests
@@ -291,8 +287,47 @@ func (s *store) eraseEndUser(ctx context.Context, project int64, name string) (e
 			time.Sleep(time.Millisecond)
 		}
 	}
+	for _, attribute := range attributes {
+		if err == nil && strings.HasPrefix(attribute, tagAttribute) {
+			err = s.eraseSums(ctx, project, attribute, name)
+		}
+	}
 	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA wal_checkpoint(TRUNCATE)`) // a reader may be in its way
-	return erased, nil
+	return erased, err
+}
+
+// eraseSums deletes the sums of a name in all hours; those of a tag only where no call of the hour has it.
+func (s *store) eraseSums(ctx context.Context, project int64, attribute, name string) error {
+	const doing = "erasing an end user from the sums"
+	key, isTag := strings.CutPrefix(attribute, tagAttribute)
+	hours, err := collect(ctx, s.readDB, doing, func(at *int64) []any { return []any{at} }, `
+		WITH RECURSIVE hours (at) AS (
+			SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2
+			UNION ALL
+			SELECT (SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at > h.at)
+			FROM hours h WHERE h.at IS NOT NULL)
+		SELECT h.at FROM hours h WHERE EXISTS (SELECT 1 FROM attribution_sums s
+			WHERE s.project = ?1 AND s.attribute = ?2 AND s.at = h.at AND s.value = ?3)`, project, attribute, name)
+	for _, at := range hours {
+		if isTag {
+			kept, err := queryValue[int](ctx, s.readDB, doing, `
+				SELECT count(*) FROM (SELECT 1 FROM requests r WHERE r.project = ?1 AND r.id >= ?2 AND r.id < ?3
+					AND CASE r.tags WHEN '' THEN '' ELSE r.tags ->> ?4 END = ?5 LIMIT 1) kept`, project,
+				minIDAt(time.UnixMilli(at)), minIDAt(time.UnixMilli(at+hourMS)), key, name)
+			if err != nil {
+				return err
+			}
+			if kept > 0 {
+				continue
+			}
+		}
+		if _, err := execCount(ctx, s.writeDB, doing, `
+			DELETE FROM attribution_sums WHERE project = ? AND attribute = ? AND at = ? AND value = ?`,
+			project, attribute, at, name); err != nil {
+			return err
+		}
+	}
+	return err
 }
 
 // eraseFromPending takes a name out of the pending records of a project.

@@ -257,20 +257,24 @@ func checkHost(host string, allowPrivate bool) error {
 // services are), multicast and reserved addresses, and metadata services at other addresses.
 var blockedNetworks = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/4"),
-	netip.MustParsePrefix("240.0.0.0/4"),
+	netip.MustParsePrefix("240.0.0.0/4"), netip.MustParsePrefix("100::/64"), netip.MustParsePrefix("100:0:0:1::/64"),
 	netip.MustParsePrefix("100.100.100.200/32"), netip.MustParsePrefix("168.63.129.16/32"), // metadata services
 	netip.MustParsePrefix("192.0.0.0/24"), netip.MustParsePrefix("fd00:ec2::/32"),
 	netip.MustParsePrefix("fd20:ce::/32"), netip.MustParsePrefix("fd00:42::42/128"),
 	netip.MustParsePrefix("::/128"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"),
-	// Other forms of IPv4 addresses, which nothing here checks: local NAT64, 6to4, Teredo, translated addresses.
-	netip.MustParsePrefix("64:ff9b:1::/48"), netip.MustParsePrefix("2002::/16"), netip.MustParsePrefix("2001::/32"),
-	netip.MustParsePrefix("::ffff:0:0:0/96"),
+	// Other forms of IPv4 addresses, which nothing here checks: local NAT64, 6to4, Teredo and the like, and translated.
+	netip.MustParsePrefix("64:ff9b:1::/48"), netip.MustParsePrefix("2002::/16"), netip.MustParsePrefix("2001::/23"),
+	netip.MustParsePrefix("::ffff:0:0:0/96"), netip.MustParsePrefix("192.88.99.0/24"),
 }
 
+// privateNetworks are not public: those of one machine or site, of benchmarks, of examples, of segment routing.
 var privateNetworks = []netip.Prefix{
 	netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("172.16.0.0/12"),
 	netip.MustParsePrefix("192.168.0.0/16"), netip.MustParsePrefix("100.64.0.0/10"),
+	netip.MustParsePrefix("198.18.0.0/15"), netip.MustParsePrefix("192.0.2.0/24"),
+	netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("203.0.113.0/24"),
 	netip.MustParsePrefix("::1/128"), netip.MustParsePrefix("fc00::/7"), netip.MustParsePrefix("fec0::/10"),
+	netip.MustParsePrefix("2001:db8::/32"), netip.MustParsePrefix("3fff::/20"), netip.MustParsePrefix("5f00::/16"),
 }
 
 // Prefixes of IPv4 addresses that are written as IPv6.
@@ -300,7 +304,8 @@ func checkAddress(addr netip.Addr, allowPrivate bool) error {
 	}
 	for _, p := range privateNetworks {
 		if p.Contains(addr) {
-			return errors.New("is a loopback or private address; that needs ALLOW_PRIVATE_UPSTREAMS=true")
+			return errors.New("is a loopback or private address, or one for examples or benchmarks; " +
+				"that needs ALLOW_PRIVATE_UPSTREAMS=true")
 		}
 	}
 	return nil

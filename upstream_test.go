@@ -26,6 +26,75 @@ import (
 	"time"
 )
 
+// TestSpecialAddresses: the networks of IANA's registries of special-purpose addresses, and of cloud metadata services.
+// Each is dialed always, only with ALLOW_PRIVATE_UPSTREAMS, or never, from its first address to its last, and in all
+// forms in which IPv6 has IPv4 addresses.
+func TestSpecialAddresses(t *testing.T) {
+	t.Parallel()
+	const never, private, always = 0, 1, 2
+	check := func(network string, addr netip.Addr, want int) {
+		got := never
+		if checkAddress(addr, true) == nil {
+			got = private
+		}
+		if checkAddress(addr, false) == nil {
+			got++
+		}
+		if got != want {
+			t.Errorf("%s: %s is %d, want %d", network, addr, got, want)
+		}
+	}
+	for network, want := range map[string]int{
+		"0.0.0.0/8": never, "0.0.0.0/32": never, "10.0.0.0/8": private, "100.64.0.0/15": private,
+		"127.0.0.0/8": private, "169.254.0.0/16": never, "172.16.0.0/12": private, "192.0.0.0/24": never,
+		"192.0.2.0/24": private, "192.31.196.0/24": always, "192.52.193.0/24": always, "192.88.99.0/24": never,
+		"192.168.0.0/16": private, "192.175.48.0/24": always, "198.18.0.0/15": private, "198.51.100.0/24": private,
+		"203.0.113.0/24": private, "224.0.0.0/4": never, "240.0.0.0/4": never, "255.255.255.255/32": never,
+		"100.100.100.200/32": never, "168.63.129.16/32": never, "100.127.255.0/24": private,
+		// The neighbors of these networks are public.
+		"1.0.0.0/8": always, "9.255.255.0/24": always, "11.0.0.0/8": always, "100.63.255.0/24": always,
+		"100.128.0.0/24": always, "126.255.255.0/24": always, "128.0.0.0/24": always, "169.253.255.0/24": always,
+		"169.255.0.0/24": always, "172.15.255.0/24": always, "172.32.0.0/24": always, "192.0.1.0/24": always,
+		"192.0.3.0/24": always, "192.167.255.0/24": always, "192.169.0.0/24": always, "198.17.255.0/24": always,
+		"198.20.0.0/24": always, "203.0.112.0/24": always, "203.0.114.0/24": always, "223.255.255.0/24": always,
+
+		"::1/128": private, "::/128": never, "64:ff9b:1::/48": never, "100::/64": never, "100:0:0:1::/64": never,
+		"2001::/23": never, "2001::/32": never, "2001:1::1/128": never, "2001:1::2/128": never, "2001:1::3/128": never,
+		"2001:2::/48": never, "2001:3::/32": never, "2001:4:112::/48": never, "2001:10::/28": never,
+		"2001:20::/28": never, "2001:30::/28": never, "2001:db8::/32": private, "2002::/16": never,
+		"2620:4f:8000::/48": always, "3fff::/20": private, "5f00::/16": private, "fc00::/8": private,
+		"fd12::/16": private, "fd00:ec2::/32": never, "fd20:ce::/32": never, "fd00:42::42/128": never,
+		"fe80::/10": never, "fec0::/10": private, "ff00::/8": never, "::ffff:0:0:0/96": never,
+		"2001:200::/24": always, "2001:db7::/32": always, "2001:db9::/32": always, "2003::/16": always,
+		"2606:4700::/32": always, "3ffe:ffff::/32": always, "2a00::/12": always,
+	} {
+		p := netip.MustParsePrefix(network)
+		first := p.Addr().AsSlice()
+		last := slices.Clone(first)
+		for i := p.Bits(); i < 8*len(last); i++ {
+			last[i/8] |= 1 << (7 - i%8)
+		}
+		for _, b := range [][]byte{first, last} {
+			addr, _ := netip.AddrFromSlice(b)
+			check(network, addr, want)
+			if !addr.Is4() {
+				continue
+			}
+			for _, prefix := range []string{"::ffff:", "64:ff9b::"} {
+				check(network, netip.MustParseAddr(prefix+addr.String()), want)
+			}
+			if b[0] != 0 { // otherwise it is a short IPv6 address
+				check(network, netip.MustParseAddr("::"+addr.String()), want)
+			}
+			in6to4, teredo := netip.MustParseAddr("2002::1").As16(), netip.MustParseAddr("2001::").As16()
+			copy(in6to4[2:], b)
+			copy(teredo[12:], b)
+			check(network, netip.AddrFrom16(in6to4), never)
+			check(network, netip.AddrFrom16(teredo), never)
+		}
+	}
+}
+
 // TestBaseURLs: which base URLs are accepted always, only with ALLOW_PRIVATE_UPSTREAMS, or never.
 func TestBaseURLs(t *testing.T) {
 	t.Parallel()
