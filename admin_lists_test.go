@@ -347,7 +347,7 @@ func TestListPages(t *testing.T) {
 	t.Parallel()
 	u := newUsageTest(t)
 	b := u.signIn(u.adminKey)
-	for i := range 60 {
+	for i := range 40 {
 		u.newToken(fmt.Sprintf(`"name":"n%d"`, i/4))
 	}
 	name := regexp.MustCompile(`class="name" href="([^"]*)"`)

@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"html/template"
 	"io"
 	"maps"
 	"math"
@@ -52,6 +53,7 @@ type testProxy struct {
 	// allowErrors allows log lines of level ERROR, which otherwise fail the test.
 	allowErrors bool
 	clock       func() time.Time
+	shared      *http.Transport // of requests that need no connection of their own
 }
 
 const promptCanary = "prompt-canary-7Qz1xW"
@@ -139,6 +141,15 @@ var emptyDatabase = sync.OnceValues(func() ([]byte, error) {
 	return os.ReadFile(file)
 })
 
+// pageTemplates are the parsed pages, which are the same in each server and take long to parse.
+var pageTemplates = sync.OnceValues(func() (map[string]*template.Template, error) {
+	pages, err := newPageSet()
+	if err != nil {
+		return nil, err
+	}
+	return pages.templates()
+})
+
 // copyDatabase puts an empty database into p's data directory, unless the test chose another directory or made it.
 func (p *testProxy) copyDatabase() {
 	p.t.Helper()
@@ -171,6 +182,9 @@ func (p *testProxy) start() {
 	p.instance, err = openInstance(context.Background(), cfg, newLogger(p.log, cfg.logLevel, cfg.logText), nil)
 	if err != nil {
 		p.t.Fatal(err)
+	}
+	if admin := p.instance.server.admin; admin != nil {
+		admin.pages.templates = pageTemplates
 	}
 	if err := p.instance.listen(); err != nil {
 		p.t.Fatal(err)
@@ -321,7 +335,11 @@ func (p *testProxy) do(method, path, body string, headers ...string) testRespons
 			req.Host = headers[i+1]
 		}
 	}
+	isManagement := strings.HasPrefix(path, "/manage/") || strings.HasPrefix(path, "/admin/")
 	tr := &http.Transport{DisableKeepAlives: true, DisableCompression: true}
+	if isManagement && method == "GET" {
+		tr = p.sharedTransport()
+	}
 	if cert := p.env["TLS_CERT_FILE"]; cert != "" {
 		tr = p.http2(cert)
 		defer tr.CloseIdleConnections()
@@ -333,7 +351,6 @@ func (p *testProxy) do(method, path, body string, headers ...string) testRespons
 	defer res.Body.Close()
 	b, err := io.ReadAll(res.Body)
 	a := testResponse{res.StatusCode, res.Header, string(b), err}
-	isManagement := strings.HasPrefix(path, "/manage/") || strings.HasPrefix(path, "/admin/")
 	showsSecret := isManagement && method == "POST" && res.StatusCode < 300
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -344,6 +361,16 @@ func (p *testProxy) do(method, path, body string, headers ...string) testRespons
 		p.clientOutput.Write(b)
 	}
 	return a
+}
+
+// sharedTransport returns a transport that keeps connections. A new one for each request takes longer than many requests do.
+func (p *testProxy) sharedTransport() *http.Transport {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.shared == nil {
+		p.shared = &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 8}
+	}
+	return p.shared
 }
 
 // http2 returns a transport that speaks HTTP/2 and trusts the certificate made by testCertificate.
@@ -426,11 +453,12 @@ func (p *testProxy) waitSettled() {
 // lastCall returns the last row in the ledger, and fails the test if there is none.
 func (p *testProxy) lastCall() requestEntry {
 	p.t.Helper()
-	rows := p.ledger()
-	if len(rows) == 0 {
+	p.waitSettled()
+	var l struct{ Data []requestEntry }
+	if p.manage("GET", "/manage/requests?limit=1", "", 200, &l); len(l.Data) == 0 {
 		p.t.Fatal("the ledger has no row")
 	}
-	return rows[len(rows)-1]
+	return l.Data[0]
 }
 
 // sendRaw sends bytes unchanged over TCP, and returns what arrives until the server closes the connection.

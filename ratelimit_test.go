@@ -204,7 +204,8 @@ func TestBucket(t *testing.T) {
 	for _, step := range []int64{1, 3, 7, 100, 999, 61_001} {
 		l, s := newTestLimiter(t, ``, `{"count":"requests","max":7,"per":"minute"}`, noon)
 		accepted := int64(0)
-		for now := int64(noon); now <= noon+3_600_000; now += step {
+		end := min(noon+3_600_000, noon+500_000*step)
+		for now := int64(noon); now <= end; now += step {
 			r, v := l.tryReserve(s, chatEstimate(1, 1), now)
 			for ; v == nil; r, v = l.tryReserve(s, chatEstimate(1, 1), now) {
 				accepted++
