@@ -349,7 +349,7 @@ func (p *testProxy) checkPromptCacheShare() {
 	}
 	share := percent(100 * float64(sum.cached) / float64(sum.input))
 	b := p.signIn(p.adminKey)
-	texts := []string{`aria-label="Prompt caches: Models"`, `<td class="num">` + share + `</td>`,
+	texts := []string{`aria-label="Prompt caches: Models"`, `">` + share + `</td>`,
 		"had cached " + groupDigits(sum.cached) + " input tokens, " + share + " of all input. That saved $"}
 	for _, query := range []string{"?period=24h", "?period=30d&by=model", "?project=" + p.project} {
 		page := b.get("/admin/dashboard" + query).body

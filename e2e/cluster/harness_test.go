@@ -41,6 +41,12 @@ func rounds() int {
 	return n
 }
 
+// hangTimeout is how long a test waits for what must happen, however busy the machine is.
+const hangTimeout = 2 * time.Minute
+
+// shortReplicaTimeout is REPLICA_TIMEOUT unless outages are long.
+const shortReplicaTimeout = 4 * time.Second
+
 // isLong reports whether outages take as long as in production.
 func isLong() bool { return rounds() >= 10 }
 
@@ -132,7 +138,7 @@ func newCluster(t *testing.T, n int) *cluster {
 		"ENCRYPTION_KEY=" + encryptionKey, "OPENAI_API_URL=" + c.provider.server.URL, "ALLOW_PRIVATE_UPSTREAMS=true",
 		"DRAIN_TIMEOUT=5s", "DRAIN_DELAY=0s", "LISTEN_ADDR=127.0.0.1:0", "DATABASE_TIMEOUT=5s"}
 	if !isLong() {
-		c.env = append(c.env, "REPLICA_TIMEOUT=4s", "STALE_LIMIT=2s")
+		c.env = append(c.env, "REPLICA_TIMEOUT="+shortReplicaTimeout.String(), "STALE_LIMIT=2s")
 	}
 	t.Cleanup(func() {
 		if !t.Failed() {
@@ -241,7 +247,7 @@ func (r *replica) start(file string) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.c.t.Fatalf("replica %s did not start: %s", r.name, r.log.String())
-	case <-time.After(60 * time.Second):
+	case <-time.After(hangTimeout):
 		r.c.t.Fatalf("replica %s does not listen", r.name)
 	}
 }
@@ -373,14 +379,20 @@ func (r *replica) isReady() bool {
 func (c *cluster) awaitAll() {
 	c.t.Helper()
 	for _, r := range c.replicas {
-		waitFor(c.t, "replica "+r.name+" to be ready", 40*time.Second, func() bool {
-			if r.hasEnded() {
-				_ = r.cmd.Wait()
-				r.restart()
-			}
-			return r.isReady()
-		})
+		r.await()
 	}
+}
+
+// await waits until the replica admits calls, and starts it if it has ended.
+func (r *replica) await() {
+	r.c.t.Helper()
+	waitFor(r.c.t, "replica "+r.name+" to be ready", hangTimeout, func() bool {
+		if r.hasEnded() {
+			_ = r.cmd.Wait()
+			r.restart()
+		}
+		return r.isReady()
+	})
 }
 
 // A provider answers calls and counts them by their user.
@@ -486,6 +498,6 @@ func (c *cluster) stream(r *replica, token string) *stream {
 			}
 		}
 	}()
-	waitFor(c.t, "a stream's first event", 10*time.Second, func() bool { return s.events() > 0 })
+	waitFor(c.t, "a stream's first event", hangTimeout, func() bool { return s.events() > 0 })
 	return s
 }
