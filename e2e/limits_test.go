@@ -20,7 +20,7 @@ func TestLimits(t *testing.T) {
 		ok       bool
 		requests int // that the SDK sends for the call after them
 	}{
-		{"a minute", map[string]any{"count": "requests", "max": 20, "per": "minute"}, 20, true, 2},
+		{"a minute", map[string]any{"count": "requests", "max": 10, "per": "minute"}, 10, true, 2},
 		{"a month", map[string]any{"count": "requests", "max": 1, "per": "month"}, 1, false, 1},
 		{"a lifetime's dollars", map[string]any{"count": "dollars", "max": 0, "per": "lifetime"}, 0, false, 1},
 	} {

@@ -73,13 +73,13 @@ export class Visitor {
     return this.page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
   }
 
-  // look checks the page that is open at two widths, in light and dark mode. open, if there is one, opens it again each time.
+  // look checks the page that is open at two widths, in light and dark mode. open, if there is one, opens it at each width.
   async look(name, open = () => {}) {
     for (const [width, height] of [[1280, 850], [375, 760]]) {
+      await this.page.setViewportSize({ width, height });
+      await open();
       for (const colorScheme of ['light', 'dark']) {
-        await this.page.setViewportSize({ width, height });
         await this.page.emulateMedia({ colorScheme });
-        await open();
         const what = `${name} ${width} ${colorScheme}`;
         assert.deepEqual(await this.violations(), [], what);
         assert.ok(await this.overflow() <= 0, `${what} is wider than the window`);
