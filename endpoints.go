@@ -678,17 +678,3 @@ func (t *toolCounts) add(i *outputItem) {
 		t.codeSessions++
 	}
 }
-
-// errUnknownPath returns a 404 that names the path, so that a wrong base URL shows, and says which one is right. It
-// leaves out a path that is too long to read, or may contain a credential.
-func errUnknownPath(e *apiError, u *url.URL) *apiError {
-	path := u.EscapedPath()
-	named := *e
-	if len(path) <= 200 && isAlphanumericOr(path, "/._-~:@!$&'()*+,;=%[]") && // what a URL may have, escaped or not
-		!strings.Contains(u.Path, tokenPrefix) && !strings.Contains(u.Path, manageKeyPrefix) {
-		named.msg += " The path is " + path + "."
-	}
-	named.msg += " The base URL is this proxy's address: with /v1 for OpenAI's SDKs, without /v1 for Anthropic's" +
-		" and Google's."
-	return &named
-}

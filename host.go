@@ -646,7 +646,7 @@ func gcPercentFor(liveHeap, bodies int64) int {
 	return int(max(gcHeadroom, liveHeap-bodies, bodies/4) * 100 / liveHeap)
 }
 
-// A bufferPool lends buffers for answers on their way.
+// A bufferPool lends ReverseProxy the buffers it copies with.
 type bufferPool struct{ pool sync.Pool }
 
 // A pooledBuffer is an array, because a pointer to it is put into a pool without an allocation.

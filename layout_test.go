@@ -86,7 +86,7 @@ func TestLayoutImports(t *testing.T) {
 		"database/sql/driver": {"store_ledger.go", "store_sums.go", "store_postgres.go"},
 		"modernc.org/sqlite":  {"store.go"},
 		"github.com/lib/pq":   {"store_postgres.go"}, // with the tag postgres only
-		"net/http/httputil":   {},
+		"net/http/httputil":   {"proxy.go"},
 		"html/template":       {"admin*.go"},
 		"os": {"main.go", "datadir.go", "demo.go", "host.go", "command*.go",
 			"outbox.go"},

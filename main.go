@@ -288,8 +288,8 @@ func (in *instance) buildSurfaces(ids *idSource, droppedLogLines func() int64) (
 		droppedLogLines = func() int64 { return 0 }
 	}
 	in.proxy = newProxy(proxyDeps{
-		cfg: cfg, log: in.log, logThrottle: logThrottle, metrics: in.metrics, registry: in.registry,
-		limits: limits, ledger: in.ledger, running: in.running, contentKey: in.contentKey,
+		cfg: cfg, log: in.log, httpErrorLog: httpErrorLog, logThrottle: logThrottle, metrics: in.metrics,
+		registry: in.registry, limits: limits, ledger: in.ledger, running: in.running, contentKey: in.contentKey,
 		cache: in.cache, endpoints: endpoints, transport: in.transport, bodies: bodies, ids: ids, addresses: addresses,
 		prices: &in.prices, retries: newRetryTracker(in.metrics), databaseProblem: in.databaseProblem,
 	})

@@ -1,13 +1,16 @@
 // This file carries one /v1 call from top to bottom: authenticate, match and read, admit, record, forward,
-// meter, settle. No answer byte leaves before the call is on record.
+// meter, settle. It is the only file that uses httputil. No answer byte leaves before the call is on record.
 package main
 
 import (
 	"cmp"
 	"context"
 	"errors"
+	"log"
 	"net"
 	"net/http"
+	"net/http/httputil"
+	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -17,16 +20,18 @@ import (
 // A proxy carries /v1 calls to providers. It is the only type that holds the transport.
 type proxy struct {
 	proxyDeps
-	flights flights
-	buffers *bufferPool
-	meters  sync.Pool // of *meter
+	flights  flights
+	buffers  *bufferPool
+	meters   sync.Pool // of *meter
+	emptyURL *url.URL
 }
 
 // proxyDeps has what a proxy uses of the rest of the program. All fields are required.
 type proxyDeps struct {
 	cfg             *config
 	log             *logger
-	logThrottle     *throttle // of log lines about unauthenticated callers
+	httpErrorLog    *log.Logger // for messages of net/http, at debug level
+	logThrottle     *throttle   // of log lines about unauthenticated callers
 	metrics         *metrics
 	registry        *registry
 	limits          *limitState
@@ -46,7 +51,7 @@ type proxyDeps struct {
 
 func newProxy(d proxyDeps) *proxy {
 	p := &proxy{proxyDeps: d, flights: flights{waiting: &d.cache.waiting, byKey: map[cacheKey]*flight{}},
-		buffers: newBufferPool(), meters: sync.Pool{New: func() any { return new(meter) }}}
+		buffers: newBufferPool(), meters: sync.Pool{New: func() any { return new(meter) }}, emptyURL: &url.URL{}}
 	d.running.endAbandoned = p.endAbandoned
 	return p
 }
@@ -88,7 +93,7 @@ type call struct {
 	withheld     bool // the provider had answered with success by then
 	response     *responseWriter
 	failure      *apiError // the error that the client got instead of an answer
-	relayed      bool      // the answer is complete
+	relayed      bool      // ReverseProxy returned: the answer is complete
 	times        callTimes
 }
 
@@ -169,7 +174,8 @@ func (p *proxy) handleV1(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	c.storedContent = p.newStoredContent(c)
-	// Deferred: a cut answer ends the handler by a panic (http.ErrAbortHandler), and is still recorded and paid for.
+	// Deferred: a cut answer leaves ReverseProxy by a panic (http.ErrAbortHandler), and is still recorded
+	// and paid for.
 	defer p.settle(c, r)
 	c.rates.write(w.Header())
 	if c.commitFirst { // otherwise the record is committed while the provider works on its answer
@@ -300,53 +306,54 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	c.response = newResponseWriter(p, c, w)
 	c.bufferStream = c.bufferStream && c.fields.stream
 	c.headOnly = r.Method == http.MethodHead
-	req := (&http.Request{ // each attempt sets the URL, the key and the body: proxy_attempts.go
-		Method: c.endpoint.method, Header: p.outboundHeader(c, r.Header),
+	unchanged := c.endpoint
+	if c.rewritesModelList() {
+		unchanged = nil
+	}
+	in := (&http.Request{
+		Method: c.endpoint.method, URL: p.emptyURL, // ReverseProxy copies it; each attempt sets its own URL
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}).WithContext(c.ctx)
 	if c.body == nil && c.endpoint.upload {
 		// An upload is streamed, and the answer may begin before the upload ends. HTTP/1 has to be told.
 		c.fullDuplex = r.ProtoMajor == 1 && c.controller.EnableFullDuplex() == nil
 		c.progress.uploading.Store(true)
-		upload := &uploadReader{body: http.MaxBytesReader(w, r.Body, p.cfg.maxUploadBytes), c: &c.runningCall}
-		if req.ContentLength = r.ContentLength; r.ContentLength != 0 {
-			req.Body = upload
-		}
-		defer c.endUpload(upload)
+		in.Body = &progressReader{http.MaxBytesReader(w, r.Body, p.cfg.maxUploadBytes), &c.runningCall}
+		in.ContentLength = r.ContentLength
+		defer c.endUpload(in.Body)
+	}
+	rp := &httputil.ReverseProxy{
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			pr.Out.Header, c.times.sentAt = upstreamHeader(r.Header, c.project.id, unchanged), time.Now()
+			if c.headOnly || c.endpoint.hasResults() && pr.Out.Header["Range"] != nil &&
+				p.limits.hasKnownResults(c.ctx, c.upstream.host, c.match.path) {
+				delete(pr.Out.Header, "Range") // only a GET has ranges, and usage is counted in whole results
+			}
+			c.conditional = pr.Out.Header["If-None-Match"] != nil || pr.Out.Header["If-Modified-Since"] != nil
+		},
+		Transport:      &c.attempts, // it builds each attempt's request: proxy_attempts.go
+		BufferPool:     p.buffers,
+		ErrorLog:       p.httpErrorLog,
+		ModifyResponse: func(res *http.Response) error { return p.acceptResponse(c, res) },
+		ErrorHandler:   func(_ http.ResponseWriter, _ *http.Request, err error) { p.fail(c, w, err) },
 	}
 	defer c.response.stopHeadTimer()
 	if c.bufferStream {
 		c.response.startPings(p.cfg.streamPing)
 		defer c.response.stopPings()
 	}
-	c.times.sentAt = time.Now()
-	res, err := c.attempts.send(req)
-	if err == nil {
-		err = p.acceptResponse(c, res)
-	}
-	if err != nil {
-		p.fail(c, w, err)
-		return
-	}
-	if !c.response.relay(res.Body, res.StatusCode) {
-		panic(http.ErrAbortHandler)
-	}
+	rp.ServeHTTP(c.response, in)
+	c.response.finish()
 	if c.relayed = true; c.response.broken {
 		_ = c.response.flush()
 		panic(http.ErrAbortHandler)
 	}
 }
 
-// acceptResponse checks the status and header of the provider's answer before any of it leaves. If it returns an error,
-// the answer is closed.
-func (p *proxy) acceptResponse(c *call, res *http.Response) (err error) {
+// acceptResponse checks the status and header of the provider's answer before any of it leaves.
+func (p *proxy) acceptResponse(c *call, res *http.Response) error {
 	c.times.headersAt = time.Now()
 	c.response.stopPings()
-	defer func() {
-		if err != nil {
-			res.Body.Close()
-		}
-	}()
 	switch code := res.StatusCode; {
 	case code == http.StatusUnauthorized || c.attempts.lastFault == faultKey:
 		return errUpstreamAuth(code)
@@ -355,7 +362,7 @@ func (p *proxy) acceptResponse(c *call, res *http.Response) (err error) {
 	case code < 200 || code >= 300 && code < 400 && !c.isNotModified(code):
 		return errUpstreamProtocol(code)
 	}
-	if err = p.awaitCommit(c); err != nil {
+	if err := p.awaitCommit(c); err != nil {
 		c.withheld = res.StatusCode < 300
 		return err
 	}
@@ -368,7 +375,7 @@ func (p *proxy) acceptResponse(c *call, res *http.Response) (err error) {
 	c.progress.idleTimeout.Store(c.upstream.settings.IdleMS * int64(time.Millisecond))
 	c.setPhase(phaseRelaying)
 	if res.StatusCode == http.StatusOK {
-		if err = rewriteModels(c, res); err != nil {
+		if err := rewriteModels(c, res); err != nil {
 			return err
 		}
 	}

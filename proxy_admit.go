@@ -8,8 +8,8 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"net/url"
 	"strings"
-	"sync/atomic"
 	"time"
 )
 
@@ -153,25 +153,15 @@ func (p *proxy) newBodyShare(t *liveToken) bodyShare {
 	return bodyShare{memory: p.bodies, token: &t.bodyBytes, max: max(p.bodies.limit/4, p.cfg.maxBodyBytes+1)}
 }
 
-// An uploadReader is the body of an upload as the transport reads it. It reports the progress to the watchdog: the
-// provider's time to answer starts again with each read, and a client that sends too slowly is noticed.
-type uploadReader struct {
-	body   io.ReadCloser // of the client's request
-	c      *runningCall
-	closed atomic.Bool
+// A progressReader reports the progress of an upload to the watchdog: the provider's time to answer starts again
+// with each read, and a client that sends too slowly is noticed.
+type progressReader struct {
+	io.ReadCloser
+	c *runningCall
 }
 
-// Close ends reading, but leaves the client's body open: to close it may mean to wait for the rest. See endUpload.
-func (r *uploadReader) Close() error {
-	r.closed.Store(true)
-	return nil
-}
-
-func (r *uploadReader) Read(p []byte) (int, error) {
-	if r.closed.Load() {
-		return 0, http.ErrBodyReadAfterClose
-	}
-	n, err := r.body.Read(p)
+func (r *progressReader) Read(p []byte) (int, error) {
+	n, err := r.ReadCloser.Read(p)
 	r.c.progress.bytesReceived.Add(int64(n))
 	if err != nil {
 		r.c.progress.uploaded.Store(err == io.EOF)
@@ -183,11 +173,10 @@ func (r *uploadReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// endUpload closes an upload's body. The transport may still read it, which would spoil the next request on the
-// connection. endUpload waits for that read and for what is left of the body, so that the connection can be used
-// again, but not for a client that has stopped sending.
-func (c *call) endUpload(upload *uploadReader) {
-	_ = upload.Close()
+// endUpload closes an upload's body. ReverseProxy leaves it open, and its transport may still read it, which would
+// spoil the next request on the connection. endUpload waits for that read and for what is left of the body, so that
+// the connection can be used again, but not for a client that has stopped sending.
+func (c *call) endUpload(body io.Closer) {
 	if !c.progress.uploaded.Load() {
 		deadline := time.Now().Add(unreadBodyGrace)
 		if c.ctx.Err() != nil {
@@ -195,7 +184,7 @@ func (c *call) endUpload(upload *uploadReader) {
 		}
 		_ = c.controller.SetReadDeadline(deadline)
 	}
-	upload.body.Close()
+	body.Close()
 }
 
 // unreadBodyGrace is how long a client may take to send the rest of a body that is not read.
@@ -222,6 +211,20 @@ func (c *call) closeIfUnread(h http.Header) {
 	if c.fullDuplex && !c.progress.uploaded.Load() {
 		h.Set("Connection", "close")
 	}
+}
+
+// errUnknownPath returns a 404 that names the path, so that a wrong base URL shows, and says which one is right. It
+// leaves out a path that is too long to read, or may contain a credential.
+func errUnknownPath(e *apiError, u *url.URL) *apiError {
+	path := u.EscapedPath()
+	named := *e
+	if len(path) <= 200 && isAlphanumericOr(path, "/._-~:@!$&'()*+,;=%[]") && // what a URL may have, escaped or not
+		!strings.Contains(u.Path, tokenPrefix) && !strings.Contains(u.Path, manageKeyPrefix) {
+		named.msg += " The path is " + path + "."
+	}
+	named.msg += " The base URL is this proxy's address: with /v1 for OpenAI's SDKs, without /v1 for Anthropic's" +
+		" and Google's."
+	return &named
 }
 
 // admit checks the call against policies and limits, reserves what it may use, and begins its record.

@@ -1,6 +1,6 @@
-// This file makes a call's attempts. It tries upstreams in turn until one has answered. Nothing reaches the client
-// before send has returned, and nothing is sent again after that. Of the client's body it may replace the model's
-// name, and take back what the proxy has added.
+// This file makes a call's attempts. It stands where ReverseProxy expects its transport and tries upstreams in
+// turn until one has answered. Nothing reaches the client before RoundTrip has returned, and nothing is sent
+// again after that. Of the client's body it may replace the model's name, and take back what the proxy has added.
 package main
 
 import (
@@ -25,7 +25,7 @@ const (
 	maxRetryAfterMS = 2_000       // the longest Retry-After to wait for, if no other upstream is left
 )
 
-// attempts makes the attempts of one call. It belongs to the goroutine of the call.
+// attempts makes the attempts of one call and is its transport. It belongs to the goroutine of the call.
 type attempts struct {
 	p *proxy
 	c *call
@@ -58,8 +58,8 @@ type savedResponse struct {
 	fault    faultKind
 }
 
-// send makes attempts until one is good enough for the client or none is left.
-func (t *attempts) send(req *http.Request) (*http.Response, error) {
+// RoundTrip makes attempts until one is good enough for the client or none is left.
+func (t *attempts) RoundTrip(req *http.Request) (*http.Response, error) {
 	if list := t.modelSources(); list != nil {
 		return t.mergeModels(req, list)
 	}
@@ -265,7 +265,7 @@ func (a *attempt) chooseTimeout() time.Duration {
 	return 0
 }
 
-// buildRequest returns the attempt's request. The first attempt uses the call's own. A later one shares no
+// buildRequest returns the attempt's request. The first attempt uses ReverseProxy's own. A later one shares no
 // map with it, because the transport may still be sending it, and drops the key and account of the one before.
 func (a *attempt) buildRequest(req *http.Request) (*http.Request, error) {
 	c, out := a.t.c, req

@@ -265,9 +265,9 @@ func (p *proxy) replay(c *call, w http.ResponseWriter, a *cachedAnswer, now int6
 		h["Content-Length"] = []string{strconv.Itoa(len(a.body()))}
 	}
 	c.response = newResponseWriter(p, c, w)
-	c.response.peeked, c.response.ended = true, true
+	c.response.body = answerBody{peeked: true, ended: true}
 	c.response.framed = !a.Stream // otherwise in chunks, like the provider's
-	c.response.writeHead(http.StatusOK)
+	c.response.WriteHeader(http.StatusOK)
 	c.progress.bytesRelayed.Store(int64(len(a.body())))
 	_ = c.response.send(a.body()) // the response knows whether it failed
 	c.relayed = true

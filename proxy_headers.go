@@ -151,24 +151,6 @@ func (e *endpoint) allowConditionHeader(name string) bool {
 	return false
 }
 
-// outboundHeader returns the headers of the call's request that go to the provider, without the key.
-func (p *proxy) outboundHeader(c *call, in http.Header) http.Header {
-	unchanged := c.endpoint
-	if c.rewritesModelList() {
-		unchanged = nil
-	}
-	h := upstreamHeader(in, c.project.id, unchanged)
-	if c.headOnly || c.endpoint.hasResults() && h["Range"] != nil &&
-		p.limits.hasKnownResults(c.ctx, c.upstream.host, c.match.path) {
-		delete(h, "Range") // only a GET has ranges, and usage is counted in whole results
-	}
-	c.conditional = h["If-None-Match"] != nil || h["If-Modified-Since"] != nil
-	if h["User-Agent"] == nil {
-		h["User-Agent"] = []string{""} // otherwise net/http sends its own
-	}
-	return h
-}
-
 // upstreamHeader returns the headers that go to the provider, without the key. Headers that the client's
 // Connection header names are for this hop only, except that the client cannot remove Content-Type. project is
 // the id of the client's project. e is the endpoint if its answers pass unchanged, and otherwise nil: a condition
@@ -184,7 +166,13 @@ func upstreamHeader(in http.Header, project string, e *endpoint) http.Header {
 		delete(out, "Traceparent")
 		delete(out, "Tracestate")
 	}
-	deleteHopHeaders(out, in["Connection"])
+	for _, line := range in["Connection"] {
+		for name := range strings.SplitSeq(line, ",") {
+			if name = http.CanonicalHeaderKey(strings.TrimSpace(name)); name != "Content-Type" {
+				delete(out, name)
+			}
+		}
+	}
 	if v, ok := out["Idempotency-Key"]; ok {
 		// Under its canonical name, net/http takes the header as permission to resend what
 		// the provider may have received already, unseen by limits and ledger.
@@ -194,17 +182,6 @@ func upstreamHeader(in http.Header, project string, e *endpoint) http.Header {
 		}
 	}
 	return out
-}
-
-// deleteHopHeaders deletes the headers that the lines of a Connection header name.
-func deleteHopHeaders(h http.Header, connection []string) {
-	for _, line := range connection {
-		for name := range strings.SplitSeq(line, ",") {
-			if name = http.CanonicalHeaderKey(strings.TrimSpace(name)); name != "Content-Type" {
-				delete(h, name)
-			}
-		}
-	}
 }
 
 // scopeIdempotencyKeys replaces a client's keys by others that only its project can cause. Projects may share a

@@ -95,15 +95,16 @@ func (a *attempt) checkStart(res *http.Response) error {
 	}
 }
 
-// A responseWriter passes the provider's answer on to the client. Headers pass by an allow-list; an upgrade, a 1xx or a
-// trailer never passes. Bytes leave at once. Only the head may wait a moment for the first bytes of the body, and the
-// last bytes for the end of the handler, to save a write.
+// A responseWriter is the http.ResponseWriter that ReverseProxy writes to. Its header map leads nowhere: only
+// headers that prepare has copied reach the client, so neither a 1xx nor a trailer does. It has no Hijack and no
+// Unwrap, so no upgrade passes. It has no Flush: it decides itself when bytes leave, which is at once. Only the head
+// may wait a moment for the first bytes of the body, and the last bytes for the end of the handler, to save a write.
 type responseWriter struct {
 	p      *proxy
 	c      *call
 	client http.ResponseWriter
-	peeked bool // the first bytes of the body, or its end, are in memory
-	ended  bool // the body was read to its end
+	header http.Header
+	body   answerBody
 	framed bool // net/http may choose how the answer's end is told: it has a length, or its head has left
 
 	headTimer   *time.Timer    // sends the head if no body follows; nil: the call's goroutine alone uses client
@@ -119,41 +120,36 @@ type responseWriter struct {
 	keyMask           keyMask
 	sse               bool
 	providerRequestID string // the provider's id of this request
-	status            int    // 0: the head has not been written
-	clientGone        bool   // a write to the client failed
+	interim           int    // 1xx answers so far; only net/http's callback for them uses it
+	status            int
+	clientGone        bool // a write to the client failed
 }
 
 func newResponseWriter(p *proxy, c *call, client http.ResponseWriter) *responseWriter {
-	return &responseWriter{p: p, c: c, client: client}
+	return &responseWriter{p: p, c: c, client: client, header: http.Header{}}
 }
 
-// relay passes the answer on to its end, and closes it. It returns false if the answer broke off, or if the client did
-// not take it.
-func (w *responseWriter) relay(body io.ReadCloser, status int) bool {
-	defer body.Close()
-	w.writeHead(status)
-	buf := w.p.buffers.Get()
-	defer w.p.buffers.Put(buf)
-	for {
-		n, err := body.Read(buf)
-		w.ended = err == io.EOF
-		if n > 0 && w.write(buf[:n]) != nil {
-			return false
-		}
-		if w.ended {
-			w.finish()
-			return true
-		}
-		if err != nil {
-			// A client that gets no head takes the call for one that never arrived, and sends it again.
-			_ = w.flush()
-			return false
-		}
+func (w *responseWriter) Header() http.Header { return w.header }
+
+// An answerBody is the body of the provider's answer as ReverseProxy reads it for w.
+type answerBody struct {
+	io.ReadCloser
+	w      *responseWriter
+	peeked bool // its first bytes, or its end, are in memory
+	ended  bool // it was read to its end
+}
+
+func (b *answerBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if b.ended = err == io.EOF; err != nil && !b.ended {
+		// A client that gets no head takes the call for one that never arrived, and sends it again.
+		_ = b.w.flush()
 	}
+	return n, err
 }
 
 // prepare reads the head of the provider's answer: it chooses the meter and copies the allowed headers to the
-// client's.
+// client's. It leaves nothing in res by which ReverseProxy would flush.
 func (w *responseWriter) prepare(res *http.Response) {
 	w.keyMask = w.c.upstream.newKeyMask()
 	kind, contentType := w.c.endpoint.meter, mediaType(headerValue(res.Header, "Content-Type"))
@@ -181,7 +177,6 @@ func (w *responseWriter) prepare(res *http.Response) {
 	}
 
 	to := w.client.Header()
-	deleteHopHeaders(res.Header, res.Header["Connection"])
 	for name, values := range res.Header {
 		if allowResponseHeader(name) && !w.keyMask.containsKey(values) {
 			to[name] = values
@@ -204,15 +199,30 @@ func (w *responseWriter) prepare(res *http.Response) {
 		setStreamHeaders(to)
 	}
 	w.c.cached.accept(w.p, w.c, res, to)
-	_, w.peeked = res.Body.(*peekedBody)
+	_, peeked := res.Body.(*peekedBody)
+	w.body = answerBody{ReadCloser: res.Body, w: w, peeked: peeked}
 	w.framed = res.ContentLength >= 0
+	res.Body, res.Header, res.ContentLength = &w.body, nil, 0
 }
 
 // headDelay is how long the head of an answer waits for the first bytes of the body.
 const headDelay = 10 * time.Millisecond
 
-// writeHead sends the head to the client, after headDelay at most.
-func (w *responseWriter) writeHead(status int) {
+// maxInterimAnswers is how many 1xx answers a provider may send before its own: enough for one a second, as a sign of
+// life, for UPSTREAM_TIMEOUT.
+const maxInterimAnswers = 1000
+
+// WriteHeader sends the head to the client, after headDelay at most.
+func (w *responseWriter) WriteHeader(status int) {
+	if status < 200 {
+		if w.interim++; w.interim > maxInterimAnswers {
+			w.c.cancel(errUpstreamProtocol(status)) // net/http leaves their limit to whoever gets them
+		}
+		return
+	}
+	if w.status != 0 {
+		return
+	}
 	w.status = status
 	w.c.times.firstByte = time.Since(w.c.start)
 	if w.headSent {
@@ -224,7 +234,7 @@ func (w *responseWriter) writeHead(status int) {
 		w.client.Header()["Connection"] = []string{"close"}
 	}
 	w.client.WriteHeader(status)
-	if !w.peeked {
+	if !w.body.peeked {
 		w.headSending.Add(1)
 		w.headTimer = time.AfterFunc(headDelay, func() { _ = w.c.controller.Flush(); w.headSending.Done() })
 	}
@@ -239,8 +249,9 @@ func (w *responseWriter) stopHeadTimer() {
 	w.headTimer = nil
 }
 
-// write passes bytes of the answer on. It may hold back some of them, and it may change p.
-func (w *responseWriter) write(p []byte) error {
+// Write passes bytes of the answer on. It reports all of them as written even if it holds some back: otherwise
+// ReverseProxy would stop.
+func (w *responseWriter) Write(p []byte) (int, error) {
 	if w.watch != nil {
 		w.watch.process(p)
 	}
@@ -250,7 +261,10 @@ func (w *responseWriter) write(p []byte) error {
 	if w.sse || w.meter.isStream() {
 		w.c.progress.outputTokens.Store(max(w.meter.counts.output, w.meter.estimateOutput()))
 	}
-	return w.send(rest)
+	if err := w.send(rest); err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }
 
 // send writes to the client and flushes, unless the handler is about to end. Before that, net/http would add a
@@ -265,7 +279,7 @@ func (w *responseWriter) send(p []byte) error {
 	w.c.setPhase(phaseWriting)
 	w.stopHeadTimer()
 	_, err := w.client.Write(p)
-	if err == nil && !(w.ended && w.framed) {
+	if err == nil && !(w.body.ended && w.framed) {
 		err = w.c.controller.Flush()
 		w.framed = true
 	}
@@ -373,6 +387,9 @@ func (w *responseWriter) sendErrorEvent(e *apiError) {
 
 // finish sends what is still held back when the answer is complete.
 func (w *responseWriter) finish() {
+	if w.status == 0 {
+		return
+	}
 	if rest := w.keyMask.flush(); len(rest) > 0 {
 		_ = w.send(w.meter.process(rest))
 	}

@@ -133,7 +133,7 @@ func (c *call) classifyOutcome(r *http.Request) (outcome callOutcome, code strin
 		return outcome, c.failure.recordCode(), c.failure.status
 	case answer == nil || answer.status == 0:
 		return outcomeClientGone, "client_gone", statusClientClosed
-	case !c.relayed || answer.clientGone: // the answer broke off, or the client did not take it
+	case !c.relayed || answer.clientGone: // ReverseProxy panicked, or the client did not take the last bytes
 		if reason := abortCause(c.ctx); reason != nil {
 			return outcomeTruncated, reason.recordCode(), answer.status
 		}
