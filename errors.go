@@ -446,6 +446,14 @@ func errBadToken(reason string) *apiError {
 		"Management keys are for /manage only.").withCause(errors.New(reason))
 }
 
+// errProjectEnded says why a token of an inactive project is refused: all tokens of a deleted project are revoked.
+func errProjectEnded(deleted bool) *apiError {
+	if deleted {
+		return errBadToken("revoked")
+	}
+	return errInactiveProject
+}
+
 func errMethodNotAllowed(allowed string) *apiError {
 	return newError(405, "method_not_allowed", "This URL does not support the request's method. Use "+allowed+".")
 }

@@ -551,6 +551,7 @@ func TestDatabaseFileGone(t *testing.T) {
 // the error says what to do.
 func TestUnusableDatabaseIsNotTouched(t *testing.T) {
 	t.Parallel()
+	requireSQLite(t, "it spoils the file; TestPostgresEditedSchema and TestClusterStarts change the schema")
 	for name, test := range map[string]struct {
 		spoil func(p *testProxy) error
 		want  string

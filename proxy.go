@@ -256,7 +256,7 @@ func (p *proxy) authenticate(c *call, r *http.Request) error {
 		return errBadToken(reason)
 	}
 	if !c.project.active {
-		return errInactiveProject
+		return errProjectEnded(c.project.deleted)
 	}
 	if !c.project.policy.allowsAddress(c.address) || !state.policy.allowsAddress(c.address) {
 		return errAddressNotAllowed(c.address)

@@ -261,8 +261,8 @@ func (rc *runningCalls) abortReason(c *runningCall, now time.Time, ms int64) *ap
 	if reason := c.token.validity(c.token.state.Load(), ms); reason != "" {
 		return errBadToken(reason)
 	}
-	if !c.token.project.state.Load().active {
-		return errInactiveProject
+	if project := c.token.project.state.Load(); !project.active {
+		return errProjectEnded(project.deleted)
 	}
 	if info := c.info.Load(); info != nil {
 		if l := info.reservation.updateUsage(ms, c.progress.outputTokens.Load()); l != nil {

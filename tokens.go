@@ -211,6 +211,7 @@ type projectState struct {
 	seq        int64
 	id, name   string
 	active     bool
+	deleted    bool // and so inactive, and its tokens are revoked, whatever their states say so far
 	policy     policy
 	routing    routing
 	multiplier int64       // of costs, in ten-thousandths
@@ -422,8 +423,8 @@ func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, e
 	if err != nil {
 		return nil, err
 	}
-	st := &projectState{seq: row.seq, id: row.id, name: row.name, active: row.active, version: row.version,
-		multiplier: row.costMultiplier, hashKey: (*hashKey)(&g.sealer.hashKey)}
+	st := &projectState{seq: row.seq, id: row.id, name: row.name, active: row.active, deleted: row.deletedAt != nil,
+		version: row.version, multiplier: row.costMultiplier, hashKey: (*hashKey)(&g.sealer.hashKey)}
 	if st.policy, err = parsePolicy([]byte(row.policy), true); err != nil {
 		return nil, fmt.Errorf("policy of project %s: %w", row.id, err)
 	}
