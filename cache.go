@@ -482,9 +482,12 @@ func (c *responseCache) put(a *cachedAnswer, purges int64) {
 
 // The disk.
 
-// run brings answers to the disk, and deletes there what has expired or is too much, until ctx is done. Then it
-// writes what is only in memory, the newest first, as far as it gets.
+// run brings answers to the disk, and deletes there what has expired or is too much, until ctx is done. Then it ends the
+// write that it has begun, and writes what is only in memory, the newest first, as far as it gets in two seconds.
 func (c *responseCache) run(ctx context.Context) {
+	writing, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(2*time.Second, stop) })()
 	c.loadIDs(ctx)
 	idle, sweep := time.NewTicker(cacheIdleWrites), time.NewTicker(cacheSweepEvery)
 	defer idle.Stop()
@@ -492,18 +495,16 @@ func (c *responseCache) run(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
-			last, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-			defer cancel()
-			c.writeAll(last)
+			c.writeAll(writing)
 			return
 		case <-c.wake:
 			rest(ctx, cacheWriteDelay) // for others
 			for took := time.Nanosecond; took > 0 && ctx.Err() == nil; {
-				took = c.writeOne(ctx, writeAgain, false)
+				took = c.writeOne(writing, writeAgain, false)
 				rest(ctx, min(cacheRestFactor*took, cacheMaxRest))
 			}
 		case <-idle.C:
-			c.writeOne(ctx, writeOnce, false)
+			c.writeOne(writing, writeOnce, false)
 		case now := <-sweep.C:
 			c.sweep(ctx, now.UnixMilli())
 		}

@@ -21,8 +21,8 @@ import (
 // everywhere is how long a change may take to hold at all replicas.
 const everywhere = time.Second
 
-// waitEverywhere waits until ok holds at each of the replicas. It must hold whenever it is asked for later than a change
-// may take; how long the question itself takes depends on what else the machine does.
+// waitEverywhere waits until ok holds at each of the replicas. It must hold whenever it is asked for later than a
+// change may take; how long the question itself takes depends on what else the machine does.
 func waitEverywhere(t *testing.T, what string, replicas []*testProxy, ok func(p *testProxy) bool) {
 	t.Helper()
 	elapsed := stopwatch(t)
@@ -163,7 +163,9 @@ func TestClusterSharesHealth(t *testing.T) {
 	hits := func(p *testProxy) bool {
 		return strings.HasPrefix(p.cachedChat(p.token, `"user":"cached"`).header.Get("Cache-Status"), "llm-proxy; hit")
 	}
-	waitEverywhere(t, "the cache", all, hits)
+	for _, p := range all {
+		waitFor(t, "the cache", func() bool { return hits(p) })
+	}
 	a.manage("DELETE", "/manage/projects/"+a.project+"/cache", "", 200, nil)
 	waitEverywhere(t, "the empty cache", others, func(p *testProxy) bool {
 		res := p.cachedChat(p.token, `"user":"cached"`, "Cache-Control", "only-if-cached")

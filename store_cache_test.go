@@ -671,6 +671,32 @@ func TestCacheAskedOnce(t *testing.T) {
 	p.expectFrom("after a restart", "cache", func() testResponse { return p.cachedModel(p.token, "gpt-4o", "e") })
 }
 
+// TestCacheStopWhileWriting: an answer that is being written when the program is stopped is not lost.
+func TestCacheStopWhileWriting(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.enableCache()
+	c := p.instance.cache
+	send := func() testResponse { return p.cachedChat(p.token, "") }
+	p.expectFrom("the first", "provider", send)
+	p.waitSettled()
+	release := p.lockDatabase()
+	waitFor(t, "the writer", func() bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.countWaiting(writeOnce) == 0
+	})
+	stopped := make(chan error, 1)
+	go func() { stopped <- p.stop() }()
+	waitFor(t, "the end", func() bool { return p.do("GET", "/readyz", "").err != nil })
+	release()
+	if err := <-stopped; err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	p.expectFrom("after a restart", "cache", send)
+}
+
 // memoryReport is cacheReport without writing first.
 func (p *testProxy) memoryReport() (r cacheReport) {
 	p.t.Helper()

@@ -36,10 +36,18 @@ type testDatabases struct {
 	count atomic.Int64
 
 	mu   sync.Mutex
-	free []string // names
+	free []*testDatabase
+	used map[string]*testDatabase // by their URLs
 }
 
-var databases testDatabases
+// A testDatabase is a database on the server. Its connection is kept: a new one costs the server ten milliseconds.
+type testDatabase struct {
+	name   string
+	db     *sql.DB
+	schema string // what readTestSchema returned when it was new
+}
+
+var databases = testDatabases{used: map[string]*testDatabase{}}
 
 // testDatabaseName returns the URL of a database on the server.
 func testDatabaseName(name string) string {
@@ -105,39 +113,74 @@ func newTestDatabase(t testing.TB) string {
 		t.Fatal(databases.err)
 	}
 	databases.mu.Lock()
-	name := ""
+	var d *testDatabase
 	if n := len(databases.free); n > 0 {
-		name, databases.free = databases.free[n-1], databases.free[:n-1]
+		d, databases.free = databases.free[n-1], databases.free[:n-1]
 	}
 	databases.mu.Unlock()
-	if name == "" {
-		name = fmt.Sprintf("%s%d", prefix, databases.count.Add(1))
-		if err := execTestServer(`CREATE DATABASE ` + name + ` TEMPLATE ` + prefix + `template`); err != nil {
+	if d == nil {
+		var err error
+		name := fmt.Sprintf("%s%d", prefix, databases.count.Add(1))
+		if d, err = createTestDatabase(name, prefix+"template"); err != nil {
 			t.Fatal(err)
 		}
 	}
+	address := testDatabaseName(d.name)
+	databases.mu.Lock()
+	defer databases.mu.Unlock()
+	databases.used[address] = d
 	t.Cleanup(func() {
-		if emptyTestDatabase(name) == nil {
-			databases.mu.Lock()
-			defer databases.mu.Unlock()
-			databases.free = append(databases.free, name)
-		} else if err := execTestServer(`DROP DATABASE ` + name + ` WITH (FORCE)`); err != nil {
+		reusable := d.empty() == nil
+		databases.mu.Lock()
+		defer databases.mu.Unlock()
+		delete(databases.used, address)
+		if reusable {
+			databases.free = append(databases.free, d)
+			return
+		}
+		d.db.Close()
+		if err := execTestServer(`DROP DATABASE ` + d.name + ` WITH (FORCE)`); err != nil {
 			t.Error(err)
 		}
 	})
-	return testDatabaseName(name)
+	return address
 }
 
-// emptyTestDatabase removes all rows from a database that no test uses any more. It returns an error if that cannot be
-// used again: its schema was changed.
-func emptyTestDatabase(name string) error {
+func createTestDatabase(name, template string) (*testDatabase, error) {
+	if err := execTestServer(`CREATE DATABASE ` + name + ` TEMPLATE ` + template); err != nil {
+		return nil, err
+	}
 	db, err := openTestDatabase(testDatabaseName(name))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer db.Close()
 	db.SetMaxOpenConns(1)
-	tx, err := db.Begin()
+	d := &testDatabase{name: name, db: db}
+	d.schema, err = readTestSchema(db)
+	return d, err
+}
+
+// readTestSchema returns a text that is another one after any change of the schema of a database, or of its settings.
+func readTestSchema(db querier) (string, error) {
+	return queryValue[string](context.Background(), db, "reading what the catalog has", `
+		SELECT concat_ws(' ',
+			(SELECT sum(xmin::text::bigint) FROM pg_class),
+			(SELECT sum(xmin::text::bigint) FROM pg_attribute),
+			(SELECT sum(xmin::text::bigint) FROM pg_trigger),
+			(SELECT sum(xmin::text::bigint) FROM pg_constraint),
+			(SELECT sum(xmin::text::bigint) FROM pg_proc),
+			(SELECT sum(xmin::text::bigint) FROM pg_rewrite),
+			(SELECT sum(xmin::text::bigint) FROM pg_index),
+			(SELECT sum(xmin::text::bigint) FROM pg_description),
+			(SELECT version FROM schema_version),
+			(SELECT count(*) FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase
+				WHERE d.datname = current_database()))`)
+}
+
+// empty removes all rows from a database that no test uses any more. It returns an error if that cannot be used again:
+// its schema was changed.
+func (d *testDatabase) empty() error {
+	tx, err := d.db.Begin()
 	if err != nil {
 		return err
 	}
@@ -147,29 +190,19 @@ func emptyTestDatabase(name string) error {
 		WHERE datname = current_database() AND pid <> pg_backend_pid()`); err != nil {
 		return err
 	}
-	version, supported, err := postgresSchemaVersion(context.Background(), tx)
-	if err != nil {
-		return err
-	}
-	checked, err := isCheckedSchema(context.Background(), tx, version)
-	if err != nil || !checked || version != supported {
+	schema, err := readTestSchema(tx)
+	if err != nil || schema != d.schema {
 		return errors.Join(err, errors.New("its schema was changed"))
 	}
 	if _, err := tx.Exec(`SET LOCAL session_replication_role = replica; -- without triggers
 		DO $$
 		DECLARE name text;
 		BEGIN
-			IF EXISTS (SELECT FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase
-				WHERE d.datname = current_database()) THEN
-				RAISE 'it has settings of its own';
-			END IF;
 			FOR name IN SELECT quote_ident(tablename) FROM pg_tables
 				WHERE schemaname = 'public' AND tablename <> 'schema_version' LOOP
 				EXECUTE 'DELETE FROM ' || name;
 			END LOOP;
-			FOR name IN SELECT quote_ident(sequencename) FROM pg_sequences WHERE schemaname = 'public' LOOP
-				EXECUTE 'ALTER SEQUENCE ' || name || ' RESTART';
-			END LOOP;
+			PERFORM setval(oid, 1, false) FROM pg_class WHERE relkind = 'S' AND relnamespace = 'public'::regnamespace;
 		END $$`); err != nil {
 		return err
 	}
@@ -177,17 +210,23 @@ func emptyTestDatabase(name string) error {
 }
 
 // dumpTestDatabase returns everything in a database, as text.
-func dumpTestDatabase(t testing.TB, text string) []byte {
+func dumpTestDatabase(t testing.TB, address string) []byte {
 	t.Helper()
-	st, err := openPostgres(context.Background(), testPostgresConfig(text), false)
-	if err != nil {
-		t.Fatal(err)
+	databases.mu.Lock()
+	d := databases.used[address]
+	databases.mu.Unlock()
+	if d == nil {
+		db, err := openTestDatabase(address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer db.Close()
+		d = &testDatabase{db: db}
 	}
-	defer st.close()
 	var dump strings.Builder
 	for _, table := range []string{"settings", "projects", "upstreams", "upstream_shares", "upstream_health", "tokens",
 		"management_keys", "sessions", "audit", "requests", "begun", "usage_sums", "contents", "cache", "background"} {
-		rows, err := collect(context.Background(), st.readDB, "dumping "+table,
+		rows, err := collect(context.Background(), d.db, "dumping "+table,
 			func(row *string) []any { return []any{row} }, `SELECT t::text FROM `+table+` t`)
 		if err != nil {
 			t.Fatal(err)
