@@ -482,8 +482,8 @@ func (c *responseCache) put(a *cachedAnswer, purges int64) {
 
 // The disk.
 
-// run brings answers to the disk, and deletes there what has expired or is too much, until ctx is done. Then it ends the
-// write that it has begun, and writes what is only in memory, the newest first, as far as it gets in two seconds.
+// run brings answers to the disk, and deletes there what has expired or is too much, until ctx is done. Then it ends
+// the write that it has begun, and writes what is only in memory, the newest first, as far as it gets in two seconds.
 func (c *responseCache) run(ctx context.Context) {
 	writing, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()

@@ -111,6 +111,41 @@ func TestChangeThatCannotBeRead(t *testing.T) {
 	}
 }
 
+// TestDeletedProjectIsRevoked: as soon as a project is known to be deleted, its tokens are revoked, although their own
+// rows are read again later.
+func TestDeletedProjectIsRevoked(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
+		_ = c.chunk(chatEvents(false)[0])
+		return !c.waitClosed(hangTimeout)
+	})
+	s := p.stream(p.token)
+	if _, err := s.read(1); err != nil {
+		t.Fatal(err)
+	}
+	row, err := p.instance.store.deleteProject(t.Context(), systemOrigin(time.Now()), p.project, 0,
+		time.Now().UnixMilli())
+	if err == nil {
+		err = p.instance.registry.projectChanged(t.Context(), row.seq, false)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res := p.chat(); res.status != 401 {
+		t.Errorf("the next call: got %d %s", res.status, res.body)
+	}
+	if _, err := s.readAll(); err == nil {
+		t.Error("the stream ended as if it were complete")
+	}
+	for _, row := range p.ledger() {
+		if row.ErrorCode != "revoked" {
+			t.Errorf("the ledger has %+v", row)
+		}
+	}
+}
+
 // TestDrain: after SIGTERM running calls may finish, new ones are refused, and readyz reports
 // that on open connections.
 func TestDrain(t *testing.T) {

@@ -590,6 +590,7 @@ func TestValuesUnderLoad(t *testing.T) {
 	t.Parallel()
 	const clients, users, most = 60, 200, 2
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
+	p.allowErrors = usesTestDatabase() // see the status 503 below
 	awaitClearOfHour(20 * time.Second)
 	tokens, path := p.newLimitedProject("load", "project",
 		`{"count":"requests","max":2,"per":"day","for_each":"end_user"},
@@ -617,6 +618,10 @@ func TestValuesUnderLoad(t *testing.T) {
 					case 200:
 						answered[n].Add(1)
 					case 429:
+					case 503: // the server of all tests may be too slow to read a value's sums in time
+						if again = usesTestDatabase(); !again {
+							t.Errorf("got %d", status)
+						}
 					default:
 						t.Errorf("got %d", status)
 					}
