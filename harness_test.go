@@ -61,7 +61,9 @@ const promptCanary = "prompt-canary-7Qz1xW"
 // newTest starts a proxy with one project, upstream and token. env overrides settings.
 func newTest(t testing.TB, env map[string]string) *testProxy {
 	t.Helper()
-	p := &testProxy{t: t, dir: t.TempDir(), log: &syncBuffer{}, provider: newFakeProvider(t)}
+	p := &testProxy{t: t, dir: t.TempDir(), log: &syncBuffer{}}
+	t.Cleanup(p.release) // after everything else
+	p.provider = newFakeProvider(t)
 	p.secrets = []string{p.provider.key, promptCanary}
 	p.env = map[string]string{
 		"LISTEN_ADDR": "127.0.0.1:0", "DATA_DIR": filepath.Join(p.dir, "data"), "DRAIN_TIMEOUT": "5s", "DRAIN_DELAY": "0s",
@@ -202,6 +204,12 @@ func (p *testProxy) start() {
 		p.t.Fatal(err)
 	}
 	p.stop = sync.OnceValue(func() error { cancel(); return <-done })
+}
+
+// release lets go of what p has. The testing package keeps the functions of Cleanup, and what they refer to, until all
+// tests have ended.
+func (p *testProxy) release() {
+	p.instance, p.provider, p.log, p.clientOutput = nil, nil, nil, bytes.Buffer{}
 }
 
 // finish stops the server and searches the clients' output, the log and the data directory for secrets.
@@ -657,7 +665,12 @@ func newFakeProvider(t testing.TB) *fakeProvider {
 			})
 		}
 	})
-	t.Cleanup(func() { cancel(); l.Close(); serving.Wait() })
+	t.Cleanup(func() {
+		cancel()
+		l.Close()
+		serving.Wait()
+		p.script, p.requests = nil, nil // see testProxy.release
+	})
 	return p
 }
 
