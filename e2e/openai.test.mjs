@@ -130,7 +130,7 @@ describe('chat streams', () => {
     });
     const stream = await client.chat.completions.create({ ...ask, stream: true });
     const it = stream[Symbol.asyncIterator]();
-    const first = await within(5000, it.next(), 'the first event, while the provider pauses');
+    const first = await within(30_000, it.next(), 'the first event, while the provider pauses');
     assert.equal(first.value.choices[0].delta.content, 'first');
     release();
     assert.equal((await it.next()).done, true);

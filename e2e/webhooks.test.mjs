@@ -116,7 +116,7 @@ test('a limit that is used up is notified once', async () => {
     await res.text();
   }
   const reached = () => received.slice(before).map((r) => JSON.parse(r.body)).filter((v) => v.data.percent === 100);
-  for (let i = 0; i < 500 && reached().length === 0; i++) await new Promise((resolve) => setTimeout(resolve, 20));
+  for (let i = 0; i < 3000 && reached().length === 0; i++) await new Promise((resolve) => setTimeout(resolve, 20));
   assert.equal(reached().length, 1);
   assert.equal(reached()[0].type, 'limit.threshold');
   assert.ok(!JSON.stringify(reached()).includes(token));

@@ -92,7 +92,7 @@ describePages('the pages', new Proxy(), (proxy, visit) => {
       await page.getByRole('link', { name: /^End req_/ }).click();
       await page.getByRole('button', { name: 'End call' }).click();
       await page.getByText('The call was ended').waitFor();
-      await assert.rejects(within(5000, (async () => { while (!(await stream.read()).done); })(), 'the stream ends'), /terminated|aborted|other side closed/);
+      await assert.rejects(within(30_000, (async () => { while (!(await stream.read()).done); })(), 'the stream ends'), /terminated|aborted|other side closed/);
 
       await page.goto(pageOfToken);
       await page.getByRole('link', { name: 'Revoke' }).click();

@@ -39,7 +39,7 @@ export class Visitor {
     v.server = server;
     v.context = await browser.newContext({ viewport: { width: 1280, height: 850 }, permissions: ['clipboard-read', 'clipboard-write'], ...options });
     v.page = await v.context.newPage();
-    v.page.setDefaultTimeout(15_000);
+    v.page.setDefaultTimeout(60_000); // on a busy machine, too, only a hang takes longer
     v.page.on('pageerror', (e) => v.problems.push(`${v.page.url()}: ${e.message}`));
     v.page.on('console', (m) => {
       // The browser reports each 4xx response as an error; the tests expect some of them.

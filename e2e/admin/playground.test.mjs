@@ -77,7 +77,7 @@ describePages('the playground', new Proxy(), (proxy, visit) => {
     await page.keyboard.press('Control+Enter');
     await page.getByText('Once upon').waitFor();
     await page.getByRole('button', { name: 'Stop' }).click();
-    await within(5000, provider.gone, 'the provider is left');
+    await within(30_000, provider.gone, 'the provider is left');
     await page.getByText('client disconnected').waitFor();
     assert.deepEqual(await turns(page), ['A story', 'Once upon']);
     assert.equal(await page.getByRole('button', { name: 'Stop' }).isVisible(), false);
