@@ -26,6 +26,7 @@ const (
 	maxClockSample = 2 * time.Second // a round trip that takes longer says nothing about a clock
 	clockWarning   = time.Minute     // an offset that the log warns of
 	changePage     = 500             // changes that are read at once
+	healthLooks    = 10              // one of so many looks merges the health of upstreams even if all are healthy
 	maxAnswering   = 8               // questions that are answered at the same time; others are not
 )
 
@@ -44,7 +45,9 @@ type cluster struct {
 	clockWarned bool
 
 	// Used by the goroutine of the changes.
-	lastSeq int64 // of the audit trail, up to which changes are in force
+	lastSeq   int64 // of the audit trail, up to which changes are in force
+	looks     int64 // for changes
+	unhealthy bool  // at the last look, the database had upstreams that are not healthy
 
 	rank          atomic.Pointer[replicaRank]
 	beatTrouble   atomic.Pointer[string] // why no call may be admitted; nil: none
@@ -269,11 +272,14 @@ func (c *cluster) follow(ctx context.Context) {
 // catchUp puts in force what has changed since the last time, and takes over the stored health of upstreams.
 func (c *cluster) catchUp(ctx context.Context) error {
 	began := c.uptime()
+	mergeHealth := c.unhealthy || c.looks%healthLooks == 0
+	c.looks++
 	for more := true; more; {
-		changes, err := c.changesAfter(ctx, c.lastSeq, changePage)
+		changes, anyUnhealthy, err := c.changesAfter(ctx, c.lastSeq, changePage)
 		if err != nil {
 			return err
 		}
+		mergeHealth, c.unhealthy = mergeHealth || anyUnhealthy, anyUnhealthy
 		if more = len(changes) == changePage; len(changes) == 0 {
 			break
 		}
@@ -283,11 +289,13 @@ func (c *cluster) catchUp(ctx context.Context) error {
 		c.lastSeq = changes[len(changes)-1].seq
 		c.forgetOwn(c.lastSeq)
 	}
-	rows, err := c.db.store.listUnhealthy(ctx)
-	if err != nil {
-		return err
+	if mergeHealth { // most of the time there is nothing to merge, and each look would cost another transaction
+		rows, err := c.db.store.listUnhealthy(ctx)
+		if err != nil {
+			return err
+		}
+		c.hooks.mergeHealth(rows)
 	}
-	c.hooks.mergeHealth(rows)
 	c.heard.Store(int64(began))
 	return nil
 }
@@ -298,6 +306,14 @@ func (c *cluster) rememberOwn(seq int64, mac []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.own[seq] = string(mac)
+}
+
+// disown forgets an entry whose transaction has failed. If it is committed all the same, this process puts the change
+// in force as one of another, which leaves nothing out.
+func (c *cluster) disown(seq int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.own, seq)
 }
 
 // isOwn reports whether this process has written an entry of the audit trail.

@@ -685,3 +685,41 @@ func (p *testProxy) lastCallOf(other *testProxy) requestEntry {
 	other.waitSettled()
 	return p.lastCall()
 }
+
+// TestClusterUnknownCommit: a change whose commit failed counts as one of another replica: if the database has it all
+// the same, this replica puts it in force, too.
+func TestClusterUnknownCommit(t *testing.T) {
+	requirePostgres(t)
+	p := openReplicas(t, newTestDatabase(t), 1)[0]
+	sl, err := sealerFromKey(newEncryptionKey())
+	if err == nil {
+		err = p.store.setSetting(t.Context(), keyCheckSetting, sealKeyCheck(sl, true))
+	}
+	if err == nil {
+		err = p.store.openAudit(t.Context(), sl, systemOrigin(time.Now()))
+	}
+	own := func() int {
+		p.cluster.mu.Lock()
+		defer p.cluster.mu.Unlock()
+		return len(p.cluster.own)
+	}
+	before := own()
+	if err == nil {
+		_, err = p.store.writeDB.Exec(`CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql
+			AS 'BEGIN RAISE check_violation; END'; CREATE CONSTRAINT TRIGGER refusal AFTER INSERT ON audit
+			DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()`)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	event := auditEvent{action: actionEmptyCache, object: "p"}
+	if err := p.store.recordAuditEvent(t.Context(), systemOrigin(time.Now()), event); err == nil || own() != before {
+		t.Errorf("%v; %d changes are its own, %d were", err, own(), before)
+	}
+	if _, err := p.store.writeDB.Exec(`DROP FUNCTION refuse CASCADE`); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.store.recordAuditEvent(t.Context(), systemOrigin(time.Now()), event); err != nil || own() != before+1 {
+		t.Errorf("%v; %d changes are its own, %d were", err, own(), before)
+	}
+}

@@ -137,17 +137,17 @@ func (l *ledger) recordRefused(r *requestRow, withRow bool) {
 	if withRow {
 		l.settledEntries = append(l.settledEntries, &ledgerEntry{row: *r, number: number})
 	} else {
-		l.sumOnlyRows = append(l.sumOnlyRows, sumOnlyRow{new(*r), number})
+		l.sumOnlyRows = append(l.sumOnlyRows, sumOnlyRow{requestRow: new(*r), number: number})
 	}
 	l.mu.Unlock()
 	l.kick()
 }
 
-// recordUsage queues the usage of a call that has become known after its end. Once that is committed, counted says
-// whether it was the first.
-func (l *ledger) recordUsage(r *requestRow) {
+// recordUsage queues the usage of a call that has become known after its end, and what that adds to accounts. Once it
+// is committed, counted says whether it was the first.
+func (l *ledger) recordUsage(r *requestRow, late []lateLeaseUse) {
 	l.mu.Lock()
-	l.sumOnlyRows = append(l.sumOnlyRows, sumOnlyRow{r, l.enqueueSettled()})
+	l.sumOnlyRows = append(l.sumOnlyRows, sumOnlyRow{r, l.enqueueSettled(), late})
 	l.mu.Unlock()
 	l.kick()
 }

@@ -73,13 +73,15 @@ type unwrittenRow struct {
 	Outbox  string
 	Number  uint64            // as in an outboxMark
 	SumOnly bool              // it only counts in the sums
+	Late    []lateLeaseUse    `json:",omitempty"` // as in a sumOnlyRow
 	Fields  []json.RawMessage // of requestRow.durableFields
 	row     *requestRow
 }
 
 // appendLine appends a row as the line with a number.
-func (o *outbox) appendLine(lines []byte, r *requestRow, number uint64, sumOnly bool) ([]byte, error) {
-	u := unwrittenRow{Outbox: o.id, Number: number, SumOnly: sumOnly}
+func (o *outbox) appendLine(lines []byte, r *requestRow, number uint64, sumOnly bool, late ...lateLeaseUse) (
+	[]byte, error) {
+	u := unwrittenRow{Outbox: o.id, Number: number, SumOnly: sumOnly, Late: late}
 	for _, field := range r.durableFields() {
 		text, err := json.Marshal(field)
 		if err != nil {
@@ -186,11 +188,11 @@ func (l *ledger) unkeptRows(always bool) (lines []byte, rows []*requestRow, err 
 	if !always && !slow && !l.failing.Load() {
 		return nil, nil, nil
 	}
-	add := func(r *requestRow, number uint64, sumOnly bool) {
+	add := func(r *requestRow, number uint64, sumOnly bool, late ...lateLeaseUse) {
 		if err != nil || len(rows) == outboxRows || l.outbox.kept[r] {
 			return
 		}
-		lines, err = l.outbox.appendLine(lines, r, number, sumOnly)
+		lines, err = l.outbox.appendLine(lines, r, number, sumOnly, late...)
 		rows = append(rows, r)
 	}
 	for _, e := range l.writing {
@@ -200,7 +202,7 @@ func (l *ledger) unkeptRows(always bool) (lines []byte, rows []*requestRow, err 
 		add(&e.row, e.number, false)
 	}
 	for _, r := range l.sumOnlyRows { // not those that are being written, as no mark may cover them
-		add(r.requestRow, r.number, true)
+		add(r.requestRow, r.number, true, r.late...)
 	}
 	if len(rows) > 0 {
 		l.outbox.inUse, l.outbox.keptUpTo = true, l.queuedCount
@@ -484,7 +486,7 @@ func recordRows(ctx context.Context, st *store, w *ledgerWriter, all []*unwritte
 			}
 			recorded = u.Number
 			if u.SumOnly {
-				b.sumOnlyRows = append(b.sumOnlyRows, sumOnlyRow{u.row, u.Number})
+				b.sumOnlyRows = append(b.sumOnlyRows, sumOnlyRow{u.row, u.Number, u.Late})
 				continue
 			}
 			known, err := st.isRecorded(ctx, u.row.id)

@@ -506,11 +506,13 @@ func (ls *limitState) syncLifetime(t *liveToken, st *tokenState, owner leaseOwne
 	s.lifetime.setLease(g, now)
 }
 
-// addLate adds what a call has used more than was counted to the accounts of the limits in which it counts: those of
-// its project, and of its token.
-func (ls *limitState) addLate(ctx context.Context, r *requestRow, limits [2][]limit) error {
+// lateUses returns what a call has used more than was counted, by the accounts of the limits in which it counts: those
+// of its project, and of its token.
+func (ls *limitState) lateUses(r *requestRow, limits [2][]limit) (uses []lateLeaseUse) {
+	if ls.leases == nil {
+		return nil
+	}
 	_, pattern, _ := strings.Cut(r.endpoint, " ")
-	var uses []lateLeaseUse
 	for i, owner := range [...]leaseOwner{{project: r.project}, {project: r.project, token: r.token}} {
 		for k := range limits[i] {
 			l := &limits[i][k]
@@ -518,25 +520,23 @@ func (ls *limitState) addLate(ctx context.Context, r *requestRow, limits [2][]li
 			if amount == 0 || !l.applies(r.endpoint, pattern, r.requestedModel) {
 				continue
 			}
-			u := lateLeaseUse{account: accountName(owner, leaseRule(l), r.attribution.value(l.forEach)),
-				amount: amount}
-			u.windowStart, _ = l.period.window(r.started)
+			u := lateLeaseUse{Account: accountName(owner, leaseRule(l), r.attribution.value(l.forEach)),
+				Amount: amount}
+			u.WindowStart, _ = l.period.window(r.started)
 			uses = append(uses, u)
 		}
 	}
-	if len(uses) == 0 {
-		return nil
+	return uses
+}
+
+// forgetRefusals makes calls of a project and a token ask again, because something may be free.
+func (ls *limitState) forgetRefusals(p *liveProject, token int64) {
+	p.limiter.mu.Lock()
+	defer p.limiter.mu.Unlock()
+	p.limiter.project.forgetRefusals()
+	if t := ls.registry.liveTokenOf(token); t != nil {
+		t.limits.forgetRefusals()
 	}
-	err := ls.store.backend.leases.addLate(ctx, uses)
-	if p := ls.registry.liveProject(r.project); p != nil {
-		p.limiter.mu.Lock()
-		defer p.limiter.mu.Unlock()
-		p.limiter.project.forgetRefusals()
-		if t := ls.registry.liveTokenOf(r.token); t != nil {
-			t.limits.forgetRefusals()
-		}
-	}
-	return err
 }
 
 // policyChanged forgets what limits have counted that a token, or with token 0 a project, no longer has: if one is set

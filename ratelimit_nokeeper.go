@@ -39,7 +39,9 @@ func (ls *limitState) refreshLeases(*limiter, *limitScope) error { return nil }
 
 func (ls *limitState) syncLifetime(*liveToken, *tokenState, leaseOwner, int64) {}
 
-func (ls *limitState) addLate(context.Context, *requestRow, [2][]limit) error { return nil }
+func (ls *limitState) lateUses(*requestRow, [2][]limit) []lateLeaseUse { return nil }
+
+func (ls *limitState) forgetRefusals(*liveProject, int64) {}
 
 func (ls *limitState) policyChanged(context.Context, leaseOwner, string, bool) error { return nil }
 

@@ -485,16 +485,16 @@ func (ls *limitState) recordUsage(r *requestRow) error {
 	}
 	p := ls.registry.liveProject(r.project)
 	if p == nil || ls.leases != nil {
-		ls.ledger.recordUsage(r)
+		ls.ledger.recordUsage(r, ls.lateUses(r, policies.known[[2]int64{r.project, r.token}]))
 		err := ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar())
-		if err != nil || ls.leases == nil || !r.counted {
-			return err
+		if err == nil && p != nil && r.counted {
+			ls.forgetRefusals(p, r.token)
 		}
-		return ls.addLate(ctx, r, policies.known[[2]int64{r.project, r.token}])
+		return err
 	}
 	p.limiter.mu.Lock()
 	defer p.limiter.mu.Unlock()
-	ls.ledger.recordUsage(r)
+	ls.ledger.recordUsage(r, nil)
 	if err := ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar()); err != nil || !r.counted {
 		return err
 	}
@@ -679,6 +679,10 @@ func (ls *limitState) eraseValue(ctx context.Context, project int64, attribute, 
 				rule := strings.Replace(r.rule, `"count"`, shadow+`"count"`, 1)
 				accounts = append(accounts, accountName(owner, rule, value))
 			}
+		}
+		// The values before the accounts: a replica that makes an account again reads what the values have.
+		if err := ls.store.deleteLimitValues(ctx, project, value, rows); err != nil {
+			return err
 		}
 		if err := ls.store.backend.leases.deleteAccounts(ctx, accounts); err != nil {
 			return err

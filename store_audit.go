@@ -41,6 +41,9 @@ func (s *store) withAuditedTx(ctx context.Context, origin auditOrigin, fn func(*
 		}
 		return s.appendAuditEntry(ctx, tx, head, origin, event)
 	})
+	if err != nil && s.backend != nil { // it may be committed nevertheless
+		s.backend.disown(seq)
+	}
 	for last := s.lastAuditSeq.Load(); err == nil && last < seq; last = s.lastAuditSeq.Load() {
 		s.lastAuditSeq.CompareAndSwap(last, seq) // a later commit may have stored its seq already
 	}

@@ -46,6 +46,7 @@ type backend struct {
 	// announce is called before an audited transaction is committed, with the seq and the MAC of its entry: other
 	// replicas learn of the change.
 	announce    func(ctx context.Context, tx *sql.Tx, seq int64, mac []byte) error
+	disown      func(seq int64) // makes a change that was announced, but failed, that of another replica
 	writeLedger func(context.Context, *ledgerWriter, ledgerBatch) error
 	// recordedRows returns the number of the outboxMark that the last transaction of a process has.
 	recordedRows func(ctx context.Context, outbox string) (int64, error)

@@ -25,7 +25,7 @@ type postgresLeases struct {
 func (l *postgresLeases) backend(p *postgres) leaseBackend {
 	l.postgres = p
 	return leaseBackend{exchange: l.exchange, giveBack: l.giveBack, deleteAccounts: l.deleteAccounts,
-		keepRules: l.keepRules, addLate: l.addLate, prune: l.prune,
+		keepRules: l.keepRules, prune: l.prune,
 		countRequests: l.countRequests, pastUse: l.pastUse}
 }
 
@@ -71,8 +71,9 @@ func (l *postgresLeases) giveBack(ctx context.Context) error {
 // last report, and what the ledger has beyond that. The rest is free again. It may be repeated.
 //
 // Of requests, those that began at recent_from or later are counted in the ledger instead of in the report, so that
-// none counts twice. A limit for models or values counts at most what was leased, because the ledger does not have what
-// decides. Of tokens and dollars, the ledger has what calls have used that ended after the report, or never.
+// none counts twice. A limit for models counts at most what was leased, because the ledger does not have what decides.
+// A limit for each value of an attribute counts the calls with the account's value. Of tokens and dollars, the ledger
+// has what calls have used that ended after the report, or never.
 func (l *postgresLeases) settleDead(ctx context.Context, replica int64) error {
 	return l.store.withTx(ctx, func(tx *sql.Tx) error {
 		_, err := execCount(ctx, tx, "settling the leases of a replica", `
@@ -132,26 +133,24 @@ func (l *postgresLeases) keepRules(ctx context.Context, project, token int64, ru
 }
 
 // addLate adds what has become known after calls had ended.
-func (l *postgresLeases) addLate(ctx context.Context, uses []lateLeaseUse) error {
-	slices.SortFunc(uses, func(a, b lateLeaseUse) int { return cmp.Compare(a.account, b.account) }) // as lease_sync
-	return l.store.withTx(ctx, func(tx *sql.Tx) error {
-		for _, u := range uses {
-			_, err := execCount(ctx, tx, "adding late usage", `
-				UPDATE limit_accounts SET
-					base = CASE WHEN kind <> 0 THEN base
-						ELSE greatest(0, least(base::numeric + ?2::bigint, 1000000000000000000))::bigint END,
-					level = CASE WHEN kind <> 1 THEN level ELSE least(
-						greatest(0, level - least(greatest(?4::bigint - level_at, 0), 2 * period_ms) * max)
-							+ least(greatest(?2::bigint, 0), 2 * max) * period_ms, 2 * max * period_ms) END,
-					level_at = CASE WHEN kind <> 1 THEN level_at ELSE greatest(level_at, ?4::bigint) END
-				WHERE account = ?1 AND (kind = 1 OR window_start = ?3)`,
-				u.account, u.amount, u.windowStart, l.cluster.limitNow())
-			if err != nil {
-				return err
-			}
+func (l *postgresLeases) addLate(ctx context.Context, tx *sql.Tx, uses []lateLeaseUse) error {
+	slices.SortFunc(uses, func(a, b lateLeaseUse) int { return cmp.Compare(a.Account, b.Account) }) // as lease_sync
+	for _, u := range uses {
+		_, err := execCount(ctx, tx, "adding late usage", `
+			UPDATE limit_accounts SET
+				base = CASE WHEN kind <> 0 THEN base
+					ELSE greatest(0, least(base::numeric + ?2::bigint, 1000000000000000000))::bigint END,
+				level = CASE WHEN kind <> 1 THEN level ELSE least(
+					greatest(0, level - least(greatest(?4::bigint - level_at, 0), 2 * period_ms) * max)
+						+ least(greatest(?2::bigint, 0), 2 * max) * period_ms, 2 * max * period_ms) END,
+				level_at = CASE WHEN kind <> 1 THEN level_at ELSE greatest(level_at, ?4::bigint) END
+			WHERE account = ?1 AND (kind = 1 OR window_start = ?3)`,
+			u.Account, u.Amount, u.WindowStart, l.cluster.limitNow())
+		if err != nil {
+			return err
 		}
-		return nil
-	})
+	}
+	return nil
 }
 
 // prune deletes up to limit accounts of windows that ended before, and of buckets and slots that nobody has used since,

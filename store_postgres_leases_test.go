@@ -272,7 +272,7 @@ func TestLateUseOfLeases(t *testing.T) {
 			('p1/b', 1, 0, '{}', 1, 60000, 1, 1, 60, 0, 9000000000000000, 0, 0, 0, 0, 0)`); err != nil {
 		t.Fatal(err)
 	}
-	exchange, err := p.ledgerDB.BeginTx(t.Context(), nil)
+	exchange, err := p.leases.db.BeginTx(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -281,10 +281,14 @@ func TestLateUseOfLeases(t *testing.T) {
 	if err := exchange.QueryRow(lock, "p1/a").Scan(&n); err != nil {
 		t.Fatal(err)
 	}
+	now := time.Now().UnixMilli()
+	usage := &requestRow{usageOf: now << idTimeShift, batch: "batch_1", model: "m", batchLines: 1, started: now,
+		project: 1, token: 1, endpoint: "POST /v1/batches", outcome: outcomeOK, source: usageExact}
+	batch := ledgerBatch{sumOnlyRows: []sumOnlyRow{{requestRow: usage,
+		late: []lateLeaseUse{{Account: "p1/b", Amount: 30}, {Account: "p1/a", Amount: 5}}}}}
 	var adding sync.WaitGroup
 	adding.Go(func() {
-		if err := p.leases.addLate(t.Context(), []lateLeaseUse{
-			{account: "p1/b", amount: 30}, {account: "p1/a", amount: 5}}); err != nil {
+		if err := p.store.newLedgerWriter().write(t.Context(), batch); err != nil {
 			t.Error(err)
 		}
 	})
@@ -296,6 +300,9 @@ func TestLateUseOfLeases(t *testing.T) {
 		t.Error(err)
 	}
 	adding.Wait()
+	if err := p.store.newLedgerWriter().write(t.Context(), batch); err != nil || usage.counted {
+		t.Errorf("the same usage a second time: counted %v, %v", usage.counted, err)
+	}
 	var used, left int64
 	if err := p.store.readDB.QueryRow(`SELECT
 			(SELECT base FROM limit_accounts WHERE account = 'p1/a'),
@@ -305,5 +312,69 @@ func TestLateUseOfLeases(t *testing.T) {
 	}
 	if used != 15 || left < 20 || left > 30 {
 		t.Errorf("the window has %d, the bucket %d", used, left)
+	}
+}
+
+// TestAccountMadeAgain: an account that is made again does not begin with the leases of a deleted one. One that another
+// replica makes at the same moment keeps its leases.
+func TestAccountMadeAgain(t *testing.T) {
+	requirePostgres(t)
+	p := openReplicas(t, newTestDatabase(t), 1)[0]
+	if _, err := p.store.writeDB.Exec(`INSERT INTO limit_leases
+		VALUES ('p1/a', 77, 60, 30, 0, 0, 0, 0), ('p1/a', ?1, 5, 5, 0, 0, 0, 0)`, p.replica); err != nil {
+		t.Fatal(err)
+	}
+	base := int64(1)
+	item := leaseItem{Account: "p1/a", Project: 1, Rule: "{}", Max: 100, WindowEnd: endOfTime, Base: &base, Least: 10,
+		Need: 10, Want: 10}
+	replies, err := p.leases.exchange(t.Context(), []leaseItem{item})
+	if err != nil || len(replies) != 1 || replies[0].unspent != 10 || replies[0].spent != 0 || replies[0].others != 1 {
+		t.Errorf("%+v %v", replies, err)
+	}
+}
+
+// TestDeadReplicaValues: of a replica that has died, the account of each value counts the calls with that value, those
+// whose value is not known, and no others.
+func TestDeadReplicaValues(t *testing.T) {
+	requirePostgres(t)
+	p := openReplicas(t, newTestDatabase(t), 1)[0]
+	if _, err := p.store.writeDB.Exec(`INSERT INTO replicas (id, version, started_at, closed_at, slot)
+		VALUES (77, 'old', 0, 1, 7)`); err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now().UnixMilli()
+	var batch ledgerBatch
+	ann, bob := &attribution{endUser: "ann"}, &attribution{endUser: "bob", tags: tagList{{"team", "x"}}}
+	for i, a := range []*attribution{ann, ann, bob, {endUser: "a\x00b"}, nil,
+		{session: "s", tags: tagList{{"team", "y"}}}} {
+		id := now<<idTimeShift | 7<<idSlotShift | int64(i)
+		batch.records = append(batch.records, &requestRow{id: id, started: now, project: 1,
+			token: 2, model: "m", endpoint: "POST /v1/responses", outcome: outcomeOK, status: 200, source: usageNone,
+			firstByteUS: -1, attempts: 1, attribution: a})
+	}
+	if err := p.store.newLedgerWriter().write(t.Context(), batch); err != nil {
+		t.Fatal(err)
+	}
+	for value, want := range map[[2]string]int64{{"end_user", "ann"}: 3, {"end_user", "bob"}: 2, {"end_user", "cid"}: 1,
+		{"session", "s"}: 1, {"tag:team", "x"}: 1, {"tag:team", "z"}: 0, {"", ""}: 6} {
+		owner := leaseOwner{project: 1, token: 2}
+		rule := leaseRule(&limit{metric: metricRequests, period: perDay, forEach: value[0]})
+		account := accountName(owner, rule, value[1])
+		if _, err := p.store.writeDB.Exec(`INSERT INTO limit_accounts
+			VALUES (?1, 1, 2, ?2, 0, 0, 1, 1, 100, 0, ?3, 10, 0, 0, 0, 0)`, account, rule, endOfTime); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := p.store.writeDB.Exec(`INSERT INTO limit_leases VALUES (?, 77, 20, 30, 0, 0, ?, 0)`, account,
+			now-1000); err != nil {
+			t.Fatal(err)
+		}
+		if err := p.leases.settleDead(t.Context(), 77); err != nil {
+			t.Fatal(err)
+		}
+		base, err := queryValue[int64](t.Context(), p.store.readDB, "reading the account",
+			`SELECT base FROM limit_accounts WHERE account = ?`, account)
+		if base != 30+want || err != nil {
+			t.Errorf("%s %q: %d calls count, want %d; %v", value[0], value[1], base-30, want, err)
+		}
 	}
 }

@@ -299,6 +299,15 @@ func (l *postgresLedger) writeRows(ctx context.Context, w *ledgerWriter, b ledge
 	if err := w.writeBatch(ctx, b); err != nil {
 		return err
 	}
+	var late []lateLeaseUse
+	for _, r := range b.sumOnlyRows {
+		if r.counted {
+			late = append(late, r.late...)
+		}
+	}
+	if err := l.leases.addLate(ctx, l.tx, late); err != nil {
+		return err
+	}
 	for stmt := range l.collected {
 		if stmt == stmtCountTokenUse {
 			continue

@@ -272,21 +272,28 @@ func (c *cluster) sendBeat(ctx context.Context, info *replicaInfo) (b heartbeat,
 }
 
 // changesAfter returns up to limit entries of the audit trail after seq, in their order. Audited transactions end in
-// the order of their entries, so none is missing before another.
-func (c *cluster) changesAfter(ctx context.Context, seq int64, limit int) ([]auditChange, error) {
+// the order of their entries, so none is missing before another. unhealthy: there are upstreams that are not healthy.
+func (c *cluster) changesAfter(ctx context.Context, seq int64, limit int) (
+	changes []auditChange, unhealthy bool, err error) {
 	type entry struct {
 		auditChange
-		mac []byte
+		mac       []byte
+		unhealthy bool
 	}
 	entries, err := collect(ctx, c.db.lockDB, "looking for changes", func(e *entry) []any {
-		return []any{&e.seq, &e.at, &e.action, &e.object, &e.detail, &e.mac}
-	}, `SELECT seq, at, action, object, detail, mac FROM audit WHERE seq > ? ORDER BY seq LIMIT ?`, seq, limit)
-	changes := make([]auditChange, len(entries))
-	for i, e := range entries {
-		e.own = c.isOwn(e.seq, e.mac)
-		changes[i] = e.auditChange
+		return []any{&e.seq, &e.at, &e.action, &e.object, &e.detail, &e.mac, &e.unhealthy}
+	}, `SELECT coalesce(a.seq, 0), coalesce(a.at, 0), coalesce(a.action, ''), coalesce(a.object, ''),
+			coalesce(a.detail, ''), coalesce(a.mac, ''), h.unhealthy
+		FROM (SELECT EXISTS (SELECT 1 FROM upstream_health) AS unhealthy) h LEFT JOIN (
+			SELECT seq, at, action, object, detail, mac FROM audit WHERE seq > ? ORDER BY seq LIMIT ?) a ON true
+		ORDER BY 1`, seq, limit)
+	for _, e := range entries {
+		if unhealthy = e.unhealthy; e.seq > 0 { // otherwise there is no change
+			e.own = c.isOwn(e.seq, e.mac)
+			changes = append(changes, e.auditChange)
+		}
 	}
-	return changes, err
+	return changes, unhealthy, err
 }
 
 // readBeats returns the last heartbeat of each other replica that may write.

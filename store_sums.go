@@ -142,6 +142,7 @@ type ledgerEntry struct {
 type sumOnlyRow struct {
 	*requestRow
 	number uint64
+	late   []lateLeaseUse
 }
 
 // An outboxMark says that the database has all rows that a process has queued up to a number. A transaction with such
@@ -183,7 +184,7 @@ func (b *ledgerBatch) reduced() (_ ledgerBatch, row *requestRow) {
 		reduced.records = []*requestRow{row.reduced()}
 	} else {
 		row = b.sumOnlyRows[0].requestRow
-		reduced.sumOnlyRows = []sumOnlyRow{{row.reduced(), b.sumOnlyRows[0].number}}
+		reduced.sumOnlyRows = []sumOnlyRow{{row.reduced(), b.sumOnlyRows[0].number, b.sumOnlyRows[0].late}}
 	}
 	return reduced, row
 }

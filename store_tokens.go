@@ -420,10 +420,11 @@ type leaseItem struct {
 	joins int64 // how often the counter had joined its account
 }
 
-// A lateLeaseUse is what a call has used beyond what was counted, in the window that begins at windowStart.
+// A lateLeaseUse is what a call has used of an account beyond what was counted, in the window that begins at
+// WindowStart. The transaction that records the usage adds it.
 type lateLeaseUse struct {
-	account             string
-	windowStart, amount int64
+	Account             string
+	WindowStart, Amount int64
 }
 
 // The results of an item.
@@ -454,7 +455,6 @@ type leaseBackend struct {
 	deleteAccounts func(context.Context, []string) error
 	// keepRules deletes the accounts of a token or, with token 0, of a project that count by other rules.
 	keepRules     func(ctx context.Context, project, token int64, rules []string) error
-	addLate       func(context.Context, []lateLeaseUse) error
 	prune         func(ctx context.Context, before int64, limit int) (int64, error)
 	countRequests func(ctx context.Context, token int64) (int64, error)
 	pastUse       func(ctx context.Context, grain string, project, token, from int64,

@@ -107,6 +107,7 @@ type tokenState struct {
 	maxRequests  int64 // -1: unlimited
 	policy       policy
 	version      int64
+	loadFailed   bool // the row could not be read again, so it counts as revoked
 }
 
 func deref(p *int64) int64 {
@@ -453,8 +454,10 @@ func (g *registry) tokenChanged(row *tokenRow) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.changes++
-	if t := g.byID[row.id]; t != nil && t.state.Load().version < st.version {
-		t.state.Store(st)
+	if t := g.byID[row.id]; t != nil {
+		if old := t.state.Load(); old.version < st.version || old.loadFailed && old.version == st.version {
+			t.state.Store(st)
+		}
 	}
 	return nil
 }
@@ -519,13 +522,13 @@ func (g *registry) upstreamsChanged(ctx context.Context, owner int64, sharers []
 	return errors.Join(errs...)
 }
 
-// markRevoked revokes a live token whose revoked row could not be read.
+// markRevoked revokes a live token whose row could not be read, until it can be.
 func (g *registry) markRevoked(id string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if t := g.byID[id]; t != nil {
 		st := *t.state.Load()
-		st.revoked = true
+		st.revoked, st.loadFailed = true, true
 		t.state.Store(&st)
 	}
 }

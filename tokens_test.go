@@ -404,3 +404,23 @@ func FuzzParseRequestID(f *testing.F) {
 		}
 	})
 }
+
+// TestUnreadTokenComesBack: a token whose row could not be read again counts as revoked until it can be read.
+func TestUnreadTokenComesBack(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	if res := p.chat(); res.status != 200 {
+		t.Fatalf("got %d", res.status)
+	}
+	p.instance.registry.markRevoked(p.tokenID) // as after an error of the database
+	if res := p.chat(); res.status != 401 {
+		t.Errorf("meanwhile: got %d", res.status)
+	}
+	ops := p.instance.operations
+	if err := ops.applyChanges(t.Context(), []auditChange{{action: "of.a later version"}}); err != nil {
+		t.Fatal(err)
+	}
+	if res := p.chat(); res.status != 200 {
+		t.Errorf("afterwards: got %d %s", res.status, res.body)
+	}
+}
