@@ -88,24 +88,22 @@ func openLedger(ctx context.Context, st *store, log *slog.Logger, box *outbox, n
 
 // begin queues the pending record of a call and returns at once. The record is committed while the provider
 // is being called; wait for committed.
-func (l *ledger) begin(row requestRow) *ledgerEntry {
-	e := &ledgerEntry{row: row}
+func (l *ledger) begin(e *ledgerEntry) {
 	var space [512]byte
-	record := row.appendPendingRecord(space[:0])
+	record := e.row.appendPendingRecord(space[:0])
 	l.mu.Lock()
 	if l.pending == nil {
 		size := l.lastBatchBytes + l.lastBatchBytes/2
 		l.pending = &pendingBatch{done: make(chan struct{}), recordsJSON: make([]byte, 0, size)}
 	}
 	e.batch = l.pending
-	e.batch.add(row.id, record)
+	e.batch.add(e.row.id, record)
 	l.queuedCount++
 	wake := l.pending.size == l.wakeSize
 	l.mu.Unlock()
 	if wake {
 		l.kick()
 	}
-	return e
 }
 
 // committed is closed once the pending record is committed or has failed; commitErr tells which.

@@ -508,7 +508,8 @@ func checkRestart(t *testing.T, st *store) {
 		t.Errorf("after the restart, recorded are %+v", c)
 	}
 	now := time.Now()
-	e := l.begin(requestRow{id: minIDAt(now), started: now.UnixMilli(), project: 1, token: 7})
+	e := &ledgerEntry{row: requestRow{id: minIDAt(now), started: now.UnixMilli(), project: 1, token: 7}}
+	l.begin(e)
 	<-e.committed()
 	if err := e.commitErr(); err != nil {
 		t.Fatal(err)

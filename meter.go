@@ -321,7 +321,8 @@ func (m *meter) currentUsage() (tokenCounts, usageSource) {
 	case m.format == formatUnknown: // so far nothing but white space
 		return tokenCounts{}, usageEstimated
 	case !m.hasUsage:
-		m.setDetails(usageDetails{inputMS: m.scan.durationMS}) // of which it is not known how it is rounded
+		m.details.inputMS = m.scan.durationMS // of which it is not known how it is rounded
+		m.completeDetails()
 		if m.scan.durationMS > 0 {
 			return tokenCounts{}, usageEstimated
 		}
@@ -330,7 +331,8 @@ func (m *meter) currentUsage() (tokenCounts, usageSource) {
 	}
 	u := m.usage.evaluate(m.kind, m.textBytes > 0)
 	m.implausible = u.implausible
-	m.setDetails(u.details)
+	m.details = u.details
+	m.completeDetails()
 	switch {
 	case u.byDuration && u.details.inputMS > 0:
 		return tokenCounts{}, usageExact
@@ -354,9 +356,9 @@ func (m *meter) currentUsage() (tokenCounts, usageSource) {
 // envelopes so often that its compressed bytes are about its text.
 const compression = 3
 
-// setDetails sets the details of the usage, with the conditions and tools that the answer names.
-func (m *meter) setDetails(d usageDetails) {
-	named := &m.scan.conditions
+// completeDetails fills in the conditions and tools that the answer names.
+func (m *meter) completeDetails() {
+	d, named := &m.details, &m.scan.conditions
 	d.tier, d.speed, d.region, d.searchContext = named.tier, named.speed, named.region, named.searchContext
 	tools := &m.tools
 	if *tools == (toolCounts{}) {
@@ -366,7 +368,6 @@ func (m *meter) setDetails(d usageDetails) {
 		d.webSearches = billedByGoogle(d.webSearches, m.scan.model)
 	}
 	d.fileSearches, d.codeSessions, d.imageCalls = tools.fileSearches, tools.codeSessions, tools.imageCalls
-	m.details = d
 }
 
 // estimateOutput estimates the output tokens: a stream's from the text in its deltas, any other answer's from

@@ -95,24 +95,6 @@ func (p *proxy) readAttribution(c *call, header http.Header) error {
 	return err
 }
 
-// asClientError turns an error about the request itself into a 400.
-func asClientError(err error) error {
-	if e, ok := errors.AsType[*bodyError](err); ok {
-		return badRequest("invalid_request", e.param, e.msg)
-	}
-	return asAPIError(err)
-}
-
-// rejectBody refuses a body that the endpoint would silently ignore. Some clients send an empty object.
-func rejectBody(body io.Reader) error {
-	const maxLen = 16
-	b, err := io.ReadAll(io.LimitReader(body, maxLen))
-	if text := strings.TrimSpace(string(b)); err != nil || len(b) == maxLen || text != "" && text != "{}" {
-		return errUnexpectedBody
-	}
-	return nil
-}
-
 // readBody reads the whole body: the provider gets it in one write, and an early answer does not break the
 // client's connection.
 func (p *proxy) readBody(c *call, r *http.Request) ([]byte, error) {
@@ -250,12 +232,13 @@ func (p *proxy) admit(c *call) error {
 		c.unreserveUpstream()
 		return err
 	}
-	c.entry = p.ledger.begin(requestRow{
+	c.entry = &ledgerEntry{row: requestRow{
 		id: c.id, started: c.start.UnixMilli(), project: c.project.seq, token: c.tokenState.seq,
 		endpoint: c.endpoint.name(), stream: c.fields.stream, address: c.address,
 		upstream: c.upstream.seq, model: c.fields.model, attribution: c.attribution,
 		counts: tokenCounts{input: c.inputEstimate(), output: c.reservation.outputIfLost},
-	})
+	}}
+	p.ledger.begin(c.entry)
 	c.publish() // now: forgetEndUser waits for the records that are queued of the calls that it sees
 	return nil
 }

@@ -5,10 +5,13 @@ package main
 
 import (
 	"bytes"
+	"cmp"
+	"context"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"runtime"
@@ -16,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // A costKind is a kind of call whose cost is counted.
@@ -91,6 +95,47 @@ func BenchmarkCall(b *testing.B) {
 			b.ResetTimer()
 			makeCostCalls(p, clients, b.N)
 		})
+	}
+}
+
+// BenchmarkSettle measures what follows a call's answer: usage and cost, limits, metrics, and the row, which the ledger
+// writes beside.
+func BenchmarkSettle(b *testing.B) {
+	p, _, kinds := newCostTest(b)
+	proxy, k := p.instance.proxy, kinds[2]
+	unary, _, _, _ := costAnswers()
+	_, answer, _ := strings.Cut(string(unary), "\r\n\r\n")
+	b.ReportAllocs()
+	for b.Loop() {
+		b.StopTimer()
+		w := httptest.NewRecorder()
+		r := httptest.NewRequestWithContext(b.Context(), "POST", "/v1/chat/completions", strings.NewReader(k.body))
+		r.Header = http.Header{"Authorization": {"Bearer " + k.token}, "Content-Type": {"application/json"}}
+		c := proxy.newCall(w, r)
+		err := proxy.authenticate(c, r)
+		if err == nil {
+			c.memory = proxy.newBodyShare(c.token)
+			c.ctx, c.cancel = context.WithCancelCause(r.Context())
+			err = cmp.Or(proxy.running.add(&c.runningCall), proxy.readCall(c, w, r), proxy.admit(c))
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+		c.response, c.times.sentAt = newResponseWriter(proxy, c, w), time.Now()
+		c.attempts.newAttempt()
+		c.response.prepare(&http.Response{StatusCode: 200, Header: http.Header{"Content-Type": {"application/json"}}})
+		c.response.WriteHeader(200)
+		if _, err := c.response.Write([]byte(answer)); err != nil {
+			b.Fatal(err)
+		}
+		c.response.finish()
+		c.relayed = true
+		b.StartTimer()
+		proxy.settle(c, r)
+		b.StopTimer()
+		proxy.leave(c)
+		c.token.release(c.endTime())
+		b.StartTimer()
 	}
 }
 

@@ -1,14 +1,17 @@
 // This file reads the fields of request bodies in the other forms: multipart/form-data, and the JSON of Gemini's API.
 // They are the same ones that request_json.go reads from the JSON of OpenAI's and Anthropic's. It also has the fields
-// of a request on which prices depend. mime/multipart and other parsers of forms are lenient (preamble, bare LF, folded
-// headers, padded boundaries), each in a different way. This reader accepts only what common clients send, so that
-// every parser sees the same parts. Plain code: it gets bytes and returns values, and never copies a file's bytes.
+// of a request on which prices depend, and refuses bodies where none is due. mime/multipart and other parsers of forms
+// are lenient (preamble, bare LF, folded headers, padded boundaries), each in a different way. This reader accepts only
+// what common clients send, so that every parser sees the same parts. Plain code: it gets bytes and returns values, and
+// never copies a file's bytes.
 package main
 
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"mime"
 	"slices"
 	"strconv"
@@ -671,3 +674,21 @@ func (s *bodyScanner) walkGemini(f *callFields, field geminiField) {
 
 // startsWith reports whether the next value begins with c.
 func (s *bodyScanner) startsWith(c byte) bool { return s.i < len(s.b) && s.b[s.i] == c }
+
+// asClientError turns an error about the request itself into a 400.
+func asClientError(err error) error {
+	if e, ok := errors.AsType[*bodyError](err); ok {
+		return badRequest("invalid_request", e.param, e.msg)
+	}
+	return asAPIError(err)
+}
+
+// rejectBody refuses a body that the endpoint would silently ignore. Some clients send an empty object.
+func rejectBody(body io.Reader) error {
+	const maxLen = 16
+	b, err := io.ReadAll(io.LimitReader(body, maxLen))
+	if text := strings.TrimSpace(string(b)); err != nil || len(b) == maxLen || text != "" && text != "{}" {
+		return errUnexpectedBody
+	}
+	return nil
+}
