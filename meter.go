@@ -330,8 +330,7 @@ func (m *meter) currentUsage() (tokenCounts, usageSource) {
 		return tokenCounts{output: m.estimateOutput()}, usageEstimated
 	}
 	u := m.usage.evaluate(m.kind, m.textBytes > 0)
-	m.implausible = u.implausible
-	m.details = u.details
+	m.implausible, m.details = u.implausible, u.details
 	m.completeDetails()
 	switch {
 	case u.byDuration && u.details.inputMS > 0:

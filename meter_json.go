@@ -21,7 +21,6 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
-	"math/bits"
 	"slices"
 )
 
@@ -491,7 +490,7 @@ func (s *usageScanner) skipError(p []byte, i int) int {
 }
 
 // skip passes over a value that is not needed, from p[i], and returns where it stopped. Embeddings are a
-// megabyte of numbers, so what follows a comma is read eight bytes at a time.
+// megabyte of numbers, so what follows a comma is read in larger steps.
 func (s *usageScanner) skip(p []byte, i int) int {
 	for ; i < len(p); i++ {
 		switch c := p[i]; {
@@ -516,16 +515,19 @@ func (s *usageScanner) skip(p []byte, i int) int {
 	return i
 }
 
-// numbersLen counts the leading bytes that are neither a quote nor above Z, as in lists of numbers. It may stop at
-// some that are not.
+// numbersLen counts leading bytes that are neither a quote nor above '?', as in lists of numbers, but perhaps not all.
 func numbersLen(b []byte) (n int) {
-	const ones, high = 0x0101010101010101, 0x8080808080808080
-	for ; n+8 <= len(b); n += 8 {
-		x := binary.LittleEndian.Uint64(b[n:])
-		quote := x ^ ones*'"'
-		// The sum has the high bit of each byte above Z; bytes above 127 have it already.
-		if m := (x&^high + ones*(0x80-'[') | x | (quote-ones)&^quote) & high; m != 0 {
-			return n + bits.TrailingZeros64(m)/8
+	for ; n < min(len(b), 16); n++ {
+		if c := b[n]; c == '"' || c > '?' {
+			return n
+		}
+	}
+	list := b[:min(len(b), 2<<10)]
+	for list = list[n:indexFrom(list, n, '"')]; len(list) >= 32; list, n = list[32:], n+32 {
+		all := binary.LittleEndian.Uint64(list) | binary.LittleEndian.Uint64(list[8:]) |
+			binary.LittleEndian.Uint64(list[16:]) | binary.LittleEndian.Uint64(list[24:])
+		if (all|all<<1)&0x8080808080808080 != 0 { // a byte has one of its two highest bits: it is above '?'
+			break
 		}
 	}
 	return n

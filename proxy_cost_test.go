@@ -167,7 +167,7 @@ func newCostTest(t testing.TB) (p *testProxy, bare string, kinds []*costKind) {
 		{name: "bare stream", bare: true, body: streamed, streamed: true},
 		{name: "unary", token: plain, body: body(unique), allocs: 42, bytes: 4200},
 		{name: "stream", token: plain, body: streamed, streamed: true, allocs: 40, bytes: 5200},
-		{name: "session", token: plain, body: body(unique), headers: "X-LLM-Proxy-Session: s-1\r\n", allocs: 50,
+		{name: "session", token: plain, body: body(unique), headers: "X-LLM-Proxy-Session: s-1\r\n", allocs: 47,
 			bytes: 4900},
 		{name: "cache bypass", token: cached, body: body(unique + `"store":true,`), allocs: 42, bytes: 3900},
 		{name: "cache hit", token: cached, body: body(`"seed":1,`), allocs: -26, bytes: -1000},
