@@ -590,7 +590,6 @@ func TestValuesUnderLoad(t *testing.T) {
 	t.Parallel()
 	const clients, users, most = 60, 200, 2
 	p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
-	p.allowErrors = usesTestDatabase() // see the status 503 below
 	awaitClearOfHour(20 * time.Second)
 	tokens, path := p.newLimitedProject("load", "project",
 		`{"count":"requests","max":2,"per":"day","for_each":"end_user"},
