@@ -121,7 +121,10 @@ type postgres struct {
 
 	cluster *cluster
 	started func() // lets other processes start
-	listen  func(channel string) (notifications <-chan string, stop func())
+	// recovering lets others record the calls of closed replicas. Until this process has recorded what its predecessor
+	// has left in a file, they would record these calls as lost.
+	recovering func()
+	listen     func(channel string) (notifications <-chan string, stop func())
 }
 
 // openPostgres connects. With serve, it migrates the schema and joins the replicas; otherwise every write fails.
@@ -139,11 +142,12 @@ func newPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *postgre
 	if err != nil {
 		return nil, errors.New("DATABASE_URL is not a URL")
 	}
-	p := &postgres{config: c, name: u.Redacted(), store: &store{}, started: func() {}}
+	p := &postgres{config: c, name: u.Redacted(), store: &store{}, started: func() {}, recovering: func() {}}
 	p.cluster = newCluster(p)
 	defer func() {
 		if err != nil {
 			p.started()
+			p.recovering()
 			p.cluster.dropLocks()
 			err = fmt.Errorf("database %s: %w", p.name, err)
 			for _, db := range []*sql.DB{p.store.readDB, p.store.writeDB, p.ledgerDB, p.lockDB, p.leases.db} {
@@ -215,6 +219,7 @@ func (p *postgres) close() error {
 		return nil
 	}
 	p.started()
+	p.recovering()
 	err := p.leave()
 	p.cluster.dropLocks()
 	return errors.Join(err, p.leases.db.Close(), p.ledgerDB.Close(), p.lockDB.Close()) // the server releases the locks

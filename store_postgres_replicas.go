@@ -110,6 +110,12 @@ func (p *postgres) join(ctx context.Context, u *url.URL) (err error) {
 	if err = p.migrate(ctx, u); err != nil {
 		return err
 	}
+	if p.config.replicated && p.config.previousNonce != "" { // register closes that process
+		if p.recovering, err = p.cluster.lockOut(ctx, lockRecovery); err != nil {
+			p.recovering = func() {}
+			return err
+		}
+	}
 	if err = p.register(ctx); err != nil {
 		return err
 	}
@@ -334,8 +340,10 @@ func (c *cluster) closeReplica(ctx context.Context, id, beat int64) (closed bool
 	return closed, err
 }
 
-// recoverClosed is backend.recoverClosed. Another process may be doing it at the same time: it waits for that.
+// recoverClosed is backend.recoverClosed. Another process may be doing it at the same time: it waits for that. A start
+// calls it after it has recorded the file of its predecessor.
 func (p *postgres) recoverClosed(ctx context.Context, recoverCalls recoverFunc) (lost int, err error) {
+	p.recovering()
 	closed, err := p.closedReplicas(ctx)
 	if err != nil || len(closed) == 0 {
 		return 0, err
