@@ -342,6 +342,9 @@ func (s *store) usableUpstreams(ctx context.Context, project int64) (all []upstr
 				AND deleted_at IS NULL ORDER BY priority, seq LIMIT 1000`, project)
 		for i := range all {
 			all[i].foreign = s.checkUsable(ctx, db, &all[i], project)
+			if bad := all[i].foreign; bad != nil && !errors.Is(bad, errNotFound) {
+				return bad // such as that the client has left, which says nothing about the row
+			}
 		}
 		return err
 	})
