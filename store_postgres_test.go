@@ -387,21 +387,19 @@ func TestPostgresMigratedMeanwhile(t *testing.T) {
 func TestPostgresLongMigration(t *testing.T) {
 	requirePostgres(t)
 	text := newTestDatabase(t)
-	st, err := openPostgres(t.Context(), testPostgresConfig(text), true)
-	if err == nil {
-		_, err = st.writeDB.Exec(`UPDATE schema_version SET version = 10;
-			ALTER TABLE ledger_commits DROP COLUMN outbox, DROP COLUMN recorded,
-				ADD FOREIGN KEY (replica) REFERENCES replicas (id)`)
-		err = errors.Join(err, st.close())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
 	db, err := openTestDatabase(text)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer db.Close()
+	old, err := db.BeginTx(t.Context(), nil)
+	if err == nil {
+		_, err = old.Exec(`DROP SCHEMA public CASCADE; CREATE SCHEMA public`)
+		err = errors.Join(err, runPostgresSchema(t.Context(), old, 0, 10), old.Commit())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	tx, err := db.BeginTx(t.Context(), nil)
 	if err == nil {
 		_, err = tx.Exec(`LOCK TABLE ledger_commits IN ACCESS SHARE MODE`)
