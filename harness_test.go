@@ -460,6 +460,17 @@ func (p *testProxy) waitSettled() {
 	}
 }
 
+// waitDisconnected waits until the server has ended the connections of all clients. A call whose client has left does
+// not count as running before the server reads it, which may be after the client's end. Clients that keep their
+// connections must have closed them.
+func (p *testProxy) waitDisconnected() {
+	p.t.Helper()
+	p.do("GET", "/healthz", "") // connections are accepted in order: with this one, all before it have been
+	p.sharedTransport().CloseIdleConnections()
+	open := &p.instance.metrics.openConnections
+	waitFor(p.t, "connections to end", func() bool { return open.Load() == 0 })
+}
+
 // lastCall returns the last row in the ledger, and fails the test if there is none.
 func (p *testProxy) lastCall() requestEntry {
 	p.t.Helper()
@@ -1004,8 +1015,12 @@ func (p *testProxy) promptSaved(v *requestView) int64 {
 // refused, and does not count.
 func (p *testProxy) checkCounts() {
 	p.t.Helper()
-	calls := map[string]int64{}
+	calls, kinds := map[string]int64{}, map[string]map[string]int{}
 	for _, v := range p.allRequests() {
+		if kinds[v.tokenID] == nil {
+			kinds[v.tokenID] = map[string]int{}
+		}
+		kinds[v.tokenID][fmt.Sprintf("%s %d %s, %d attempts", v.outcome, v.status, v.errorCode, v.attempts)]++
 		if v.outcome != outcomeRefused || v.attempts > 0 && v.errorCode != "ledger_unavailable" {
 			calls[v.tokenID]++
 		}
@@ -1022,7 +1037,8 @@ func (p *testProxy) checkCounts() {
 		}
 		p.instance.registry.mu.RUnlock()
 		if row.requestCount != n || live != n {
-			p.t.Errorf("token %s has %d rows, but the stored count %d, in memory %d", id, n, row.requestCount, live)
+			p.t.Errorf("token %s has %d rows, but the stored count %d, in memory %d; its rows by kind: %v", id, n,
+				row.requestCount, live, kinds[id])
 		}
 	}
 }

@@ -915,7 +915,7 @@ func TestConcurrencyNeverLeaks(t *testing.T) {
 		})
 	}
 	all.Wait()
-	p.waitSettled()
+	p.waitDisconnected()
 	if most.Load() > 3 || calls.Load() < 200 {
 		t.Errorf("%d calls were with the provider at one time, %d in all", most.Load(), calls.Load())
 	}

@@ -121,8 +121,8 @@ func (p *testProxy) trafficTokens() (tokens []string) {
 	return tokens
 }
 
-// randomTraffic makes calls with random tokens; some of its clients leave early. It returns the status of each call
-// that got one, by request id.
+// randomTraffic makes calls with random tokens; some of its clients leave early. It returns once the server has ended
+// all calls, with the status of each call that got one, by request id.
 func (p *testProxy) randomTraffic(tokens []string, clients, calls int) map[string]int {
 	var mu sync.Mutex
 	seen := map[string]int{}
@@ -147,6 +147,7 @@ func (p *testProxy) randomTraffic(tokens []string, clients, calls int) map[strin
 		})
 	}
 	all.Wait()
+	p.waitDisconnected()
 	return seen
 }
 
