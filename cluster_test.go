@@ -219,7 +219,8 @@ func TestClusterDividesKeyLimits(t *testing.T) {
 	}
 }
 
-// TestClusterRevokesStreams: running calls at all replicas end when their token is revoked at one of them.
+// TestClusterRevokesStreams: running calls at all replicas end when their token is revoked at one of them, or when all
+// tokens of its project are, however many there are.
 func TestClusterRevokesStreams(t *testing.T) {
 	requirePostgres(t)
 	all := newReplicas(t, 3, nil)
@@ -228,23 +229,41 @@ func TestClusterRevokesStreams(t *testing.T) {
 		_ = c.chunk(chatEvents(false)[0])
 		return !c.waitClosed(hangTimeout)
 	})
-	var streams []*clientStream
-	for _, p := range all {
-		streams = append(streams, p.stream(p.token))
-	}
-	for _, s := range streams {
-		if _, err := s.read(20); err != nil {
-			t.Fatal(err)
+	for i, revoke := range [][2]string{{"DELETE", "/manage/tokens/" + all[0].tokenID},
+		{"POST", "/manage/projects/" + all[0].project + "/tokens/revoke"},
+		{"DELETE", "/manage/projects/" + all[0].project},
+	} {
+		var streams []*clientStream
+		for _, p := range all {
+			streams = append(streams, p.stream(p.token))
 		}
-	}
-	all[0].manage("DELETE", "/manage/tokens/"+all[0].tokenID, "", 200, nil)
-	elapsed := stopwatch(t)
-	for i, s := range streams {
-		if _, err := s.readAll(); err == nil {
-			t.Error("a stream ended as if it were complete")
+		for _, s := range streams {
+			if _, err := s.read(20); err != nil {
+				t.Fatal(err)
+			}
 		}
-		if took := elapsed(); took > everywhere {
-			t.Errorf("the stream of replica %d ended after %s", i, took)
+		var many [][32]byte
+		if i > 0 {
+			many = all[2].addLiveTokens(5000)
+		}
+		all[0].manage(revoke[0], revoke[1], "", 200, nil)
+		elapsed := stopwatch(t)
+		for i, s := range streams {
+			if _, err := s.readAll(); err == nil {
+				t.Error("a stream ended as if it were complete")
+			}
+			if took := elapsed(); took > everywhere {
+				t.Errorf("%s: the stream of replica %d ended after %s", revoke, i, took)
+			}
+		}
+		if !all[2].areRevoked(many) {
+			t.Errorf("%s: a token is not revoked", revoke)
+		}
+		if i < 2 {
+			_, token := all[0].newToken(`"name":"next"`)
+			for _, p := range all {
+				p.token = token
+			}
 		}
 	}
 }

@@ -167,7 +167,7 @@ func (ops *operations) revokeProjectTokens(ctx context.Context, origin auditOrig
 		return 0, err
 	}
 	defer ops.cache.purgeUnreachable(ctx, cacheFilter{project: p.seq, token: anyToken})
-	return n, ops.registry.projectChanged(ctx, p.seq, true)
+	return n, ops.registry.projectChanged(ctx, p.seq)
 }
 
 // createManagementKey creates a management key and returns its value, which is not stored.
@@ -278,7 +278,7 @@ func (ops *operations) updateProject(
 		return projectRow{}, err
 	}
 	owner := leaseOwner{project: p.seq, version: p.version}
-	return p, cmp.Or(ops.registry.projectChanged(ctx, p.seq, false),
+	return p, cmp.Or(ops.registry.projectChanged(ctx, p.seq),
 		ops.limits.policyChanged(ctx, owner, p.policy, false))
 }
 
@@ -289,7 +289,7 @@ func (ops *operations) deleteProject(ctx context.Context, origin auditOrigin, id
 		return err
 	}
 	defer ops.cache.purgeUnreachable(ctx, cacheFilter{project: p.seq})
-	return errors.Join(ops.registry.projectChanged(ctx, p.seq, true), ops.registry.upstreamsChanged(ctx, p.seq, nil))
+	return errors.Join(ops.registry.projectChanged(ctx, p.seq), ops.registry.upstreamsChanged(ctx, p.seq, nil))
 }
 
 func (ops *operations) createUpstream(

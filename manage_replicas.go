@@ -44,14 +44,17 @@ func (ops *operations) applyChanges(ctx context.Context, changes []auditChange) 
 		for _, p := range ops.registry.liveProjects() {
 			todo.emptied = append(todo.emptied, p.state.Load().id)
 		}
+		for _, t := range ops.registry.liveTokens() {
+			todo.tokens = append(todo.tokens, t.state.Load().id)
+		}
 	}
-	for _, id := range todo.tokens {
-		if err := ops.rereadToken(ctx, id); err != nil {
+	if todo.projects { // first: it revokes tokens without reading them
+		if err := ops.rereadProjects(ctx, todo.emptied); err != nil {
 			return err
 		}
 	}
-	if todo.projects {
-		if err := ops.rereadProjects(ctx, todo.emptied); err != nil {
+	for _, id := range todo.tokens {
+		if err := ops.rereadToken(ctx, id); err != nil {
 			return err
 		}
 	}
@@ -147,8 +150,8 @@ func (ops *operations) rereadToken(ctx context.Context, id string) error {
 	return nil
 }
 
-// rereadProjects reads the live projects again whose version has changed, and those with the ids in emptied with their
-// tokens. One that cannot be read is inactive until it can be.
+// rereadProjects reads the live projects again whose version has changed, and those with the ids in emptied, whose
+// tokens were revoked. One that cannot be read is inactive until it can be.
 func (ops *operations) rereadProjects(ctx context.Context, emptied []string) error {
 	live := ops.registry.liveProjects()
 	seqs := make([]int64, len(live))
@@ -161,12 +164,12 @@ func (ops *operations) rereadProjects(ctx context.Context, emptied []string) err
 	}
 	for _, p := range live {
 		st := p.state.Load()
-		tokens := slices.Contains(emptied, st.id)
-		if version, known := versions[st.seq]; known && version == st.version && !st.loadFailed && !tokens {
+		if version, known := versions[st.seq]; known && version == st.version && !st.loadFailed &&
+			!slices.Contains(emptied, st.id) {
 			continue
 		}
 		// After an error nothing outlives the change: see projectChanged.
-		if err := ops.registry.projectChanged(ctx, st.seq, tokens); err != nil && isDatabaseAway(err) {
+		if err := ops.registry.projectChanged(ctx, st.seq); err != nil && isDatabaseAway(err) {
 			return err
 		}
 	}

@@ -249,7 +249,7 @@ func (n *notifier) checkLiveLimits(ctx context.Context, now int64) error {
 	var errs []error
 	for _, t := range n.registry.liveTokens() {
 		st, p := t.state.Load(), t.project.state.Load()
-		if st.revoked || st.maxRequests < 0 && len(st.policy.Limits) == 0 {
+		if t.validity(st, now) == "revoked" || st.maxRequests < 0 && len(st.policy.Limits) == 0 {
 			continue
 		}
 		uses := n.limits.liveUses(t.project, t, now)

@@ -294,6 +294,15 @@ func (s *store) deleteProject(ctx context.Context, origin auditOrigin, id string
 	return p, err
 }
 
+// firstUnrevokedToken returns the seq of a project's first token that is not revoked, or a seq above those of all its
+// tokens. The tokens with a lower seq are revoked for good; the result never decreases.
+func (s *store) firstUnrevokedToken(ctx context.Context, project int64) (int64, error) {
+	// +seq: an index of the tokens that are not revoked is read, and not all revoked ones before the first.
+	return queryValue[int64](ctx, s.readDB, "looking for a project's first valid token", `
+		SELECT coalesce((SELECT min(+seq) FROM tokens WHERE project = ?1 AND revoked_at IS NULL),
+			(SELECT max(seq) + 1 FROM tokens WHERE project = ?1), 0)`, project)
+}
+
 // addUpstream stores a new upstream of the project with seq u.project. It bumps the project's version,
 // because what the project does has changed.
 func (s *store) addUpstream(ctx context.Context, origin auditOrigin, u *upstreamRow, now int64) error {

@@ -197,7 +197,7 @@ func (t *liveToken) tryEvict() bool {
 // validity returns "" if the token may be used now, and otherwise the reason: revoked, expired or idle_expired.
 func (t *liveToken) validity(st *tokenState, now int64) string {
 	switch {
-	case st.revoked:
+	case st.revoked || st.seq < t.project.state.Load().tokensFrom:
 		return "revoked"
 	case st.expiresAt != 0 && now >= st.expiresAt:
 		return "expired"
@@ -212,7 +212,8 @@ type projectState struct {
 	seq        int64
 	id, name   string
 	active     bool
-	deleted    bool // and so inactive, and its tokens are revoked, whatever their states say so far
+	deleted    bool  // and so inactive, and its tokens are revoked, whatever their states say so far
+	tokensFrom int64 // tokens with a lower seq are revoked, whatever their states say so far; it never decreases
 	policy     policy
 	routing    routing
 	multiplier int64       // of costs, in ten-thousandths
@@ -404,7 +405,8 @@ func (g *registry) reloadProject(ctx context.Context, p *liveProject) error {
 		}
 		g.mu.Lock()
 		unchanged := g.changes == before
-		if unchanged && p.state.Load().loadFailed {
+		if old := p.state.Load(); unchanged && old.loadFailed {
+			st.tokensFrom = max(st.tokensFrom, old.tokensFrom)
 			p.state.Store(st)
 		}
 		g.mu.Unlock()
@@ -426,6 +428,9 @@ func (g *registry) readProject(ctx context.Context, seq int64) (*projectState, e
 	}
 	st := &projectState{seq: row.seq, id: row.id, name: row.name, active: row.active, deleted: row.deletedAt != nil,
 		version: row.version, multiplier: row.costMultiplier, hashKey: (*hashKey)(&g.sealer.hashKey)}
+	if st.tokensFrom, err = g.store.firstUnrevokedToken(ctx, seq); err != nil {
+		return nil, err
+	}
 	if st.policy, err = parsePolicy([]byte(row.policy), true); err != nil {
 		return nil, fmt.Errorf("policy of project %s: %w", row.id, err)
 	}
@@ -462,38 +467,27 @@ func (g *registry) tokenChanged(row *tokenRow) error {
 	return nil
 }
 
-// projectChanged reads a changed project again. If tokens is set, it also reads the project's live tokens, all of
-// which were just revoked. A project that cannot be read is inactive until it can be, and a token that cannot be
-// read is revoked: an old state must never outlive a change.
-func (g *registry) projectChanged(ctx context.Context, seq int64, tokens bool) error {
+// projectChanged reads a project again after its row changed, or all its tokens were revoked: its new state refuses
+// these and ends their calls, however many there are. A project that cannot be read is inactive until it can be: an old
+// state must never outlive a change.
+func (g *registry) projectChanged(ctx context.Context, seq int64) error {
 	st, err := g.readProject(ctx, seq)
 	g.mu.Lock()
+	defer g.mu.Unlock()
 	g.changes++
-	var ids []string
-	for id, t := range g.byID {
-		if tokens && t.project.state.Load().seq == seq {
-			ids = append(ids, id)
-		}
-	}
 	if p := g.projects[seq]; p != nil {
-		switch old := p.state.Load(); {
+		old := p.state.Load()
+		switch {
 		case err != nil:
-			p.state.Store(&projectState{seq: seq, id: old.id, name: old.name, version: old.version, loadFailed: true,
-				hashKey: old.hashKey})
-		case old.version < st.version:
-			p.state.Store(st)
+			st = &projectState{seq: seq, id: old.id, name: old.name, version: old.version, loadFailed: true,
+				hashKey: old.hashKey}
+		case old.version >= st.version: // it was read before the newer one, but perhaps after more tokens were revoked
+			tokensFrom := st.tokensFrom
+			st = new(*old)
+			st.tokensFrom = tokensFrom
 		}
-	}
-	g.mu.Unlock()
-	for _, id := range ids {
-		row, e := g.store.boundTokenByID(ctx, id)
-		if e == nil {
-			e = g.tokenChanged(&row)
-		}
-		if e != nil {
-			g.markRevoked(id)
-			err = errors.Join(err, fmt.Errorf("reading token %s again: %w", id, e))
-		}
+		st.tokensFrom = max(st.tokensFrom, old.tokensFrom)
+		p.state.Store(st)
 	}
 	if err != nil {
 		err = fmt.Errorf("the change is stored, but could not be read back: %w", err)
@@ -517,7 +511,7 @@ func (g *registry) upstreamsChanged(ctx context.Context, owner int64, sharers []
 	g.mu.RUnlock()
 	var errs []error
 	for seq := range affected {
-		errs = append(errs, g.projectChanged(ctx, seq, false))
+		errs = append(errs, g.projectChanged(ctx, seq))
 	}
 	return errors.Join(errs...)
 }

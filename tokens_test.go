@@ -424,3 +424,82 @@ func TestUnreadTokenComesBack(t *testing.T) {
 		t.Errorf("afterwards: got %d %s", res.status, res.body)
 	}
 }
+
+// addLiveTokens puts n tokens of the test's project into the memory of p as if they had made calls. They have no rows:
+// none of them can be read again.
+func (p *testProxy) addLiveTokens(n int) (hashes [][32]byte) {
+	p.t.Helper()
+	g, now := p.instance.registry, time.Now().UnixMilli()
+	t, st, err := g.lookup(p.t.Context(), tokenHash(p.token), now)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	g.mu.RLock()
+	changes := g.changes
+	g.mu.RUnlock()
+	for i := range n {
+		hash := sha256.Sum256(fmt.Append(nil, "live token ", i))
+		row := tokenRow{seq: st.seq, id: fmt.Sprint("tok_live", i), project: t.project.state.Load().seq, hash: hash[:],
+			policy: "{}", createdAt: now}
+		state, err := newTokenState(&row)
+		if err != nil || g.addToken(&row, hash, state, t.project, changes) == nil {
+			p.t.Fatal("a token could not be added: ", err)
+		}
+		hashes = append(hashes, hash)
+	}
+	return hashes
+}
+
+// areRevoked reports whether all tokens with these hashes are refused because they are revoked.
+func (p *testProxy) areRevoked(hashes [][32]byte) bool {
+	g, now := p.instance.registry, time.Now().UnixMilli()
+	for _, hash := range hashes {
+		t, st, err := g.lookup(p.t.Context(), hash, now)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		if project := t.project.state.Load(); t.validity(st, now) != "revoked" && !project.deleted {
+			return false
+		}
+	}
+	return true
+}
+
+// TestRevokeManyTokens: thousands of tokens of a project are revoked by its new state; none of them is read for that.
+func TestRevokeManyTokens(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
+		_ = c.chunk(chatEvents(false)[0])
+		return !c.waitClosed(hangTimeout)
+	})
+	s := p.stream(p.token)
+	if _, err := s.read(1); err != nil {
+		t.Fatal(err)
+	}
+	hashes := p.addLiveTokens(5000)
+	p.manage("POST", "/manage/projects/"+p.project+"/tokens/revoke", "", 200, nil)
+	if _, err := s.readAll(); err == nil {
+		t.Error("a stream of a revoked token ended as if it were complete")
+	}
+	if !p.areRevoked(hashes) || p.chat().status != 401 {
+		t.Error("a revoked token may be used")
+	}
+	p.provider.setScript(chatScript)
+	_, later := p.newToken(`"name":"later"`)
+	for _, change := range []string{`"name":"renamed"`, `"policy":{"models":["gpt-*"]}`} {
+		if res := p.chatAs(later); res.status != 200 {
+			t.Errorf("a token that was created afterwards: got %d %s", res.status, res.body)
+		}
+		p.changeProject(change)
+		p.execSQL(`UPDATE tokens SET revoked_at = NULL WHERE id = '` + p.tokenID + `'`) // by a stranger
+		if !p.areRevoked(hashes) || p.chat().status != 401 {
+			t.Errorf("after the change %s a revoked token may be used", change)
+		}
+	}
+	p.manage("DELETE", "/manage/projects/"+p.project, "", 200, nil)
+	if !p.areRevoked(hashes) || p.chatAs(later).status != 401 {
+		t.Error("a token of a deleted project may be used")
+	}
+}
