@@ -809,3 +809,51 @@ func TestAttributionOfNothing(t *testing.T) {
 		t.Errorf("%v allocations", n)
 	}
 }
+
+// TestReportsShareTheDatabase: large reports on attributes never take all connections to the database. While as many
+// run as may, another one waits for a moment and is told to come back; calls, pages and other reports go on.
+func TestReportsShareTheDatabase(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	p.allowErrors = true // 503 is an error of ours
+	call := func() int {
+		return p.do("POST", "/v1/chat/completions", chatBody(`"user":"ann"`), "Authorization", "Bearer "+p.token,
+			"Content-Type", "application/json").status
+	}
+	call()
+	p.waitSettled()
+	get := func(query string) testResponse { return p.manageAs(p.adminKey, "GET", "/manage/usage"+query, "") }
+	if maxReports >= readPoolSize {
+		t.Error("reports may take all connections")
+	}
+	running := p.instance.store.reports
+	for range cap(running) {
+		running <- struct{}{}
+	}
+	var waiting sync.WaitGroup
+	for _, query := range []string{"?group_by=end_user", "?group_by=session&project_id=" + p.project} {
+		waiting.Go(func() {
+			if res := get(query); res.status != 503 || res.errorCode() != "too_many_reports" ||
+				res.header.Get("Retry-After") == "" {
+				t.Errorf("%s: got %d %s", query, res.status, res.body)
+			}
+		})
+	}
+	if res := get("?group_by=model"); res.status != 200 {
+		t.Errorf("another report: got %d %s", res.status, res.body)
+	}
+	if status := call(); status != 200 {
+		t.Errorf("a call: got %d", status)
+	}
+	waiting.Wait()
+	waiting.Go(func() {
+		if res := get("?group_by=end_user"); res.status != 200 || !strings.Contains(res.body, `"ann"`) {
+			t.Errorf("after another report has ended: got %d %s", res.status, res.body)
+		}
+	})
+	<-running
+	waiting.Wait()
+	if len(running) != cap(running)-1 {
+		t.Errorf("%d reports are running", len(running))
+	}
+}

@@ -393,3 +393,111 @@ func (p *testProxy) totalTokens() (n int64) {
 	}
 	return n
 }
+
+// countRows returns the number of rows that "SELECT count(*) FROM" finds with the rest of the query.
+func (p *testProxy) countRows(rest string) int64 {
+	p.t.Helper()
+	n, err := queryValue[int64](p.t.Context(), p.instance.store.readDB, "counting", `SELECT count(*) FROM `+rest)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return n
+}
+
+// TestErasedBeforeLateUse: usage that becomes known while its end user is erased, or afterwards, counts without the
+// name, and nothing of it is lost.
+func TestErasedBeforeLateUse(t *testing.T) {
+	t.Parallel()
+	const responses, name = 40, "ann"
+	p, _ := newBackgroundTest(t)
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		id, status, usage := strings.TrimPrefix(r.target, "/v1/responses/"), "completed", responseUsageJSON
+		if r.method == "POST" {
+			id, status, usage = between(r.body, `"metadata":{"id":"`, `"`), "queued", "null"
+		}
+		return c.reply(200, responseJSON(id, status, usage))
+	})
+	tokenID, token := p.newToken(`"name":"maker","policy":{"limits":[{"count":"tokens","max":3000000,"per":"day",` +
+		`"for_each":"end_user"}]}`)
+	for i := range responses {
+		p.makeResponse(token, `"user":"`+name+`"`, fmt.Sprintf(`"metadata":{"id":"resp_%d"}`, i))
+	}
+	erase := func() {
+		p.manage("DELETE", "/manage/projects/"+p.project+"/end-users?end_user="+name, "", 200, nil)
+	}
+	var clients sync.WaitGroup
+	for part := range 4 {
+		clients.Go(func() {
+			for i := part; i < responses-4; i += 4 {
+				p.getResponse(p.token, fmt.Sprint("resp_", i))
+			}
+		})
+	}
+	waitFor(t, "some late usage", func() bool { return p.countRows(`background WHERE usage_source <> ''`) > 3 })
+	erase()
+	clients.Wait()
+	for i := range 4 {
+		p.getResponse(p.token, fmt.Sprint("resp_", responses-1-i))
+	}
+	p.waitSettled()
+	values, _ := p.limitValues("/manage/tokens/"+tokenID, "?limit_values=9")
+	_, counted := values[name]
+	if n := p.countRows(`attribution_sums WHERE value = '` + name + `'`); n > 0 || counted {
+		t.Errorf("%d sums have the name, and limits count %+v", n, values)
+	}
+	var input int64
+	for _, row := range p.ledger() {
+		if input += row.InputTokens; row.EndUser != "" {
+			t.Errorf("the row of %s has the name", row.ID)
+		}
+	}
+	if input != responses*1200 {
+		t.Errorf("the calls have %d input tokens", input)
+	}
+	p.checkSums()
+	p.checkCounts()
+
+	// What is written between the calls and the sums is erased with these.
+	st := p.instance.store
+	project, err := st.projectByID(t.Context(), p.project)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.execSQL(`UPDATE requests SET end_user = '` + name + `' WHERE endpoint = 'POST /v1/responses'`)
+	_, err = st.eraseEndUser(t.Context(), project.seq, name, func() error {
+		p.execSQL(fmt.Sprintf(`
+			INSERT INTO attribution_sums (project, attribute, at, value, token, model, endpoint, outcome, asked,
+				calls, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls,
+				estimated_calls, would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved)
+			VALUES (%d, 'end_user', 0, '%s', 1, 'm', 'e', 'ok', '', 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)`,
+			project.seq, name))
+		if n := p.countRows(`requests WHERE end_user = '` + name + `'`); n > 0 {
+			t.Errorf("%d calls still have the name", n)
+		}
+		return nil
+	})
+	if n := p.countRows(`attribution_sums WHERE value = '` + name + `'`); n > 0 || err != nil {
+		t.Errorf("%d sums have the name: %v", n, err)
+	}
+
+	// An erasure waits for usage of which the name was read before.
+	limits, ops, done := p.instance.proxy.limits, p.instance.operations, make(chan error, 1)
+	limits.lateUse.RLock()
+	go func() { done <- ops.forgetEndUser(t.Context(), p.project, func(string) bool { return false }) }()
+	waitFor(t, "a waiting erasure", func() bool {
+		if limits.lateUse.TryRLock() {
+			limits.lateUse.RUnlock()
+			return false
+		}
+		return true
+	})
+	select {
+	case err := <-done:
+		t.Errorf("an erasure did not wait for late usage: %v", err)
+	default:
+	}
+	limits.lateUse.RUnlock()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}

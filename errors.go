@@ -625,6 +625,11 @@ func errTooManyCalls() *apiError {
 		errors.New("MAX_CONCURRENT_CALLS are running"))
 }
 
+func errTooManyReports() *apiError {
+	return errUnavailable("too_many_reports", "Other reports on sessions, end users or tags are running.",
+		errors.New("as many reports on attributes are running as may"))
+}
+
 func errDraining() *apiError {
 	return errUnavailable("draining", "The proxy is shutting down.", errors.New("shutting down"))
 }

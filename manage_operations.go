@@ -462,14 +462,17 @@ func (ops *operations) eraseEndUser(ctx context.Context, origin auditOrigin, pro
 	}
 	names := []string{name, hash} // the policy may have changed
 	isName := func(s string) bool { return slices.Contains(names, s) }
-	if err := errors.Join(ops.forgetEndUser(ctx, p.id, isName), ops.forgetEverywhere(ctx, p.id, hash)); err != nil {
+	forget := func() error {
+		return errors.Join(ops.forgetEndUser(ctx, p.id, isName), ops.forgetEverywhere(ctx, p.id, hash))
+	}
+	if err := forget(); err != nil {
 		return 0, err
 	}
 	if _, err := ops.cache.purge(ctx, cacheFilter{project: p.seq}); err != nil {
 		return 0, err
 	}
 	for _, name := range names {
-		n, err := ops.store.eraseEndUser(ctx, p.seq, name)
+		n, err := ops.store.eraseEndUser(ctx, p.seq, name, forget)
 		if err == nil {
 			err = ops.limits.eraseValue(ctx, p.seq, endUserAttribute, name)
 		}

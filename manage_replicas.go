@@ -1,6 +1,7 @@
 // This file is what administrators see of several replicas, and what replicas do for each other: it puts the changes
 // in force that administrators made at another replica, and answers another's questions about its running calls. With
-// SQLite there is one process, and it only says so. It writes nothing but the audit trail.
+// SQLite there is one process, and it only says so. The file writes nothing but the audit trail; it lets an end user be
+// forgotten in memory, and in what limits have counted.
 package main
 
 import (
@@ -214,7 +215,7 @@ func (ops *operations) answer(ctx context.Context, question, argument string) (s
 }
 
 // forgetEndUser lets the running calls of a project end without the end users that matches names, and returns when
-// all that have ended are written.
+// all that have ended are written, and all late usage of which the name was read before.
 func (ops *operations) forgetEndUser(ctx context.Context, project string, matches func(name string) bool) error {
 	for ops.running.forgetEndUser(project, matches) { // such a call queues its row within microseconds, and leaves
 		select {
@@ -223,6 +224,7 @@ func (ops *operations) forgetEndUser(ctx context.Context, project string, matche
 		case <-time.After(time.Millisecond):
 		}
 	}
+	ops.limits.awaitLateUse()
 	written := ops.limits.ledger
 	if err := written.awaitIfHealthy(ctx, written.queuedSoFar()); err != nil {
 		return errLedgerUnavailable(err)
@@ -248,6 +250,47 @@ func (rc *runningCalls) forgetEndUser(project string, matches func(name string) 
 		c.info.CompareAndSwap(info, &shown)
 	}
 	return isEnding
+}
+
+// eraseValue forgets what a value of an attribute has used of the limits of a project and its tokens. What calls use
+// that run meanwhile is counted anew.
+func (ls *limitState) eraseValue(ctx context.Context, project int64, attribute, value string) error {
+	if err := ls.ledger.flush(ctx); err != nil {
+		return fmt.Errorf("waiting for the ledger: %w", err)
+	}
+	rows, err := ls.store.limitValueRows(ctx, project, attribute, value)
+	if err != nil {
+		return err
+	}
+	p := ls.registry.liveProject(project)
+	if p != nil {
+		p.limiter.mu.Lock()
+		defer p.limiter.mu.Unlock()
+	}
+	if ls.leases != nil {
+		var accounts []string
+		for _, r := range rows {
+			owner := leaseOwner{project: project, token: r.token}
+			for _, shadow := range [...]string{"", `"shadow":true,`} {
+				rule := strings.Replace(r.rule, `"count"`, shadow+`"count"`, 1)
+				accounts = append(accounts, accountName(owner, rule, value))
+			}
+		}
+		// The values before the accounts: a replica that makes an account again reads what the values have.
+		if err := ls.store.deleteLimitValues(ctx, project, value, rows); err != nil {
+			return err
+		}
+		if err := ls.store.backend.leases.deleteAccounts(ctx, accounts); err != nil {
+			return err
+		}
+	}
+	if p != nil {
+		p.limiter.forget(attribute, value)
+		if err := ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar()); err != nil { // calls have ended meanwhile
+			return fmt.Errorf("waiting for the ledger: %w", err)
+		}
+	}
+	return ls.store.deleteLimitValues(ctx, project, value, rows)
 }
 
 // askOthers asks the other replicas a question. It returns their answers, and the ids of those that did not answer.

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -23,6 +24,8 @@ type limitState struct {
 	registry *registry
 	prices   *atomic.Pointer[priceTable]
 	leases   *leaseKeeper // nil: this process counts alone
+	// lateUse is held, for reading, from before the attribution of a call is read until its late usage is queued.
+	lateUse sync.RWMutex
 }
 
 // now returns a time by the clock by which limits count, in unix milliseconds. All replicas have the same.
@@ -206,6 +209,8 @@ func (ls *limitState) settleResponse(shown *shownResponse) (row requestRow, err 
 	if _, _, known := shown.meter.responseUsage(0); !known && !shown.deleted {
 		return row, nil
 	}
+	ls.lateUse.RLock()
+	defer ls.lateUse.RUnlock()
 	ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
 	defer cancel()
 	// The call that made it may have ended a moment ago.
@@ -233,12 +238,31 @@ const maxResponseAge = 24 * time.Hour
 // expireResponses records the usage of background responses of which nothing was heard for maxAge.
 func (ls *limitState) expireResponses(ctx context.Context, now time.Time, maxAge time.Duration, prices *priceTable,
 ) error {
-	rows, err := ls.store.expiredUsage(ctx, minIDAt(now.Add(-maxAge)), 1000)
+	for range 50 { // a minute later it is called again
+		n, err := ls.expireSomeResponses(ctx, minIDAt(now.Add(-maxAge)), prices)
+		if err != nil || n == 0 {
+			return err
+		}
+	}
+	return nil
+}
+
+// expireSomeResponses is expireResponses for a few of the calls with an id below before. It returns how many.
+func (ls *limitState) expireSomeResponses(ctx context.Context, before int64, prices *priceTable) (n int, err error) {
+	ls.lateUse.RLock()
+	defer ls.lateUse.RUnlock()
+	rows, err := ls.store.expiredUsage(ctx, before, 20)
 	for i := range rows {
 		rows[i].countReserved()
 		err = errors.Join(err, ls.recordResponse(&rows[i], prices, "", rows[i].model))
 	}
-	return err
+	return len(rows), err
+}
+
+// awaitLateUse returns when all late usage is in the ledger's queue whose attribution was read before.
+func (ls *limitState) awaitLateUse() {
+	ls.lateUse.Lock()
+	defer ls.lateUse.Unlock()
 }
 
 // recordResponse records the usage of a background response, by the price of the model that answered, or of another
@@ -402,6 +426,8 @@ func (ls *limitState) recordResults(answer *batchAnswer) (counted []requestRow, 
 	if !answer.results.isResult {
 		return nil, nil
 	}
+	ls.lateUse.RLock()
+	defer ls.lateUse.RUnlock()
 	ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
 	defer cancel()
 	owner, err := ls.store.batchMaker(ctx, answer.object)
@@ -654,45 +680,4 @@ func (ls *limitState) storedCounters(ctx context.Context, policyText string, ofP
 	}
 	l.setPolicy(&l.project, &p, token != 0, now, past)
 	return l.project.counters, nil
-}
-
-// eraseValue forgets what a value of an attribute has used of the limits of a project and its tokens. What calls use
-// that run meanwhile is counted anew.
-func (ls *limitState) eraseValue(ctx context.Context, project int64, attribute, value string) error {
-	if err := ls.ledger.flush(ctx); err != nil {
-		return fmt.Errorf("waiting for the ledger: %w", err)
-	}
-	rows, err := ls.store.limitValueRows(ctx, project, attribute, value)
-	if err != nil {
-		return err
-	}
-	p := ls.registry.liveProject(project)
-	if p != nil {
-		p.limiter.mu.Lock()
-		defer p.limiter.mu.Unlock()
-	}
-	if ls.leases != nil {
-		var accounts []string
-		for _, r := range rows {
-			owner := leaseOwner{project: project, token: r.token}
-			for _, shadow := range [...]string{"", `"shadow":true,`} {
-				rule := strings.Replace(r.rule, `"count"`, shadow+`"count"`, 1)
-				accounts = append(accounts, accountName(owner, rule, value))
-			}
-		}
-		// The values before the accounts: a replica that makes an account again reads what the values have.
-		if err := ls.store.deleteLimitValues(ctx, project, value, rows); err != nil {
-			return err
-		}
-		if err := ls.store.backend.leases.deleteAccounts(ctx, accounts); err != nil {
-			return err
-		}
-	}
-	if p != nil {
-		p.limiter.forget(attribute, value)
-		if err := ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar()); err != nil { // calls have ended meanwhile
-			return fmt.Errorf("waiting for the ledger: %w", err)
-		}
-	}
-	return ls.store.deleteLimitValues(ctx, project, value, rows)
 }

@@ -32,7 +32,8 @@ type store struct {
 	lastAuditSeq atomic.Int64 // seq of the newest audit entry that this process has committed
 	// reportForeignRow is called with each row that is refused, because this program did not write it; may be nil
 	reportForeignRow func(*foreignRowError)
-	backend          *backend // nil: SQLite
+	backend          *backend      // nil: SQLite
+	reports          chan struct{} // has an entry for each report on attributes that runs; nil: they are not bounded
 }
 
 const readPoolSize = 4
@@ -61,7 +62,7 @@ const copySourceSetting = "copy_source"
 // openStore opens or creates the database in file and migrates it. The file must exist (it may be empty): the
 // caller decides on its permissions.
 func openStore(ctx context.Context, file string) (*store, error) {
-	s := &store{}
+	s := &store{reports: make(chan struct{}, maxReports)}
 	var err error
 	if s.writeDB, err = openSQLite(file, 1, "&_pragma=wal_autocheckpoint(2000)"); err != nil {
 		return nil, err

@@ -40,9 +40,42 @@ func (q *usageQuery) attributedArgs(more ...any) []any {
 // maxAttributedSums is how many sums of an attribute are read for one answer, some seconds' worth.
 const maxAttributedSums = 1_000_000
 
+const (
+	maxReports = readPoolSize / 2 // on attributes, at the same time
+	reportWait = 2 * time.Second  // for another one to end
+)
+
+// beginReport waits until a report on attributes may run, each of whose statements can take a connection of readDB for
+// seconds: calls and pages keep the others. The caller calls end after it.
+func (s *store) beginReport(ctx context.Context) (end func(), err error) {
+	if s.reports == nil {
+		return func() {}, nil
+	}
+	timer := time.NewTimer(reportWait)
+	defer timer.Stop()
+	select {
+	case s.reports <- struct{}{}:
+		return func() { <-s.reports }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-timer.C:
+		return nil, errTooManyReports()
+	}
+}
+
 // topValues returns what each of the q.top largest values of an attribute has, the largest first, or errTooManyRows if
 // more than limit sums would be read.
 func (s *store) topValues(ctx context.Context, q *usageQuery, limit int) ([]usageShare, error) {
+	end, err := s.beginReport(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	return s.readTopValues(ctx, q, limit)
+}
+
+// readTopValues is topValues as a part of a report.
+func (s *store) readTopValues(ctx context.Context, q *usageQuery, limit int) ([]usageShare, error) {
 	n, err := queryValue[int](ctx, s.readDB, "counting sums of an attribute",
 		`SELECT count(*) FROM (SELECT 1`+fromAttributed+`LIMIT ?6) counted`, q.attributedArgs(limit+1)...)
 	if err == nil && n > limit {
@@ -77,6 +110,17 @@ func (s *store) usedAttributes(ctx context.Context, project string, limit int) (
 		ORDER BY attribute LIKE 'tag:%', attribute DESC LIMIT ?2`, project, limit)
 }
 
+// reportByValue is splitByValue as a report.
+func (s *store) reportByValue(ctx context.Context, q *usageQuery, all map[usageKey]*usageSum,
+) (map[usageKey]*usageSum, error) {
+	end, err := s.beginReport(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	return s.splitByValue(ctx, q, all)
+}
+
 // splitByValue returns groups by the values of an attribute instead of the groups of all calls: the largest values, all
 // others together, and what is left of each group of all calls. So they add up to all calls.
 func (s *store) splitByValue(ctx context.Context, q *usageQuery, all map[usageKey]*usageSum,
@@ -84,7 +128,7 @@ func (s *store) splitByValue(ctx context.Context, q *usageQuery, all map[usageKe
 	top := q.values
 	if top == nil {
 		var err error
-		if top, err = s.topValues(ctx, q, maxAttributedSums); err != nil {
+		if top, err = s.readTopValues(ctx, q, maxAttributedSums); err != nil {
 			return nil, err
 		}
 	}
@@ -248,26 +292,15 @@ func (s *store) deleteOldAttributionSums(ctx context.Context, sessions, others i
 
 // eraseEndUser removes a name from the calls of a project, where it is an end user, or a session or a tag beside that,
 // from their pending records and from the sums, and deletes the content of these calls. It takes small steps, between
-// which calls are written, and returns how many calls there were. What it removes is overwritten; what was deleted
-// earlier, such as pending records, stays in free space of the file until later rows take that.
-func (s *store) eraseEndUser(ctx context.Context, project int64, name string) (erased int64, err error) {
+// which calls are written, and returns how many calls there were. awaitLate returns when all usage is written that was
+// recorded late and may still have found the name in a call. What is removed is overwritten; what was deleted earlier,
+// such as pending records, stays in free space of the file until later rows take that.
+func (s *store) eraseEndUser(ctx context.Context, project int64, name string, awaitLate func() error,
+) (erased int64, err error) {
 	const doing = "erasing an end user"
 	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 1`)
 	defer func() { _, _ = execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 0`) }()
 	if err := s.eraseFromPending(ctx, project, name); err != nil {
-		return 0, err
-	}
-	attributes, err := collect(ctx, s.readDB, doing, func(a *string) []any { return []any{a} },
-		`SELECT DISTINCT attribute FROM attribution_sums WHERE project = ?`, project)
-	if err != nil {
-		return 0, err
-	}
-	for _, attribute := range attributes {
-		if err == nil && !strings.HasPrefix(attribute, tagAttribute) {
-			err = s.eraseSums(ctx, project, attribute, name)
-		}
-	}
-	if err != nil {
 		return 0, err
 	}
 	for _, query := range [...]string{
@@ -287,8 +320,13 @@ func (s *store) eraseEndUser(ctx context.Context, project int64, name string) (e
 			time.Sleep(time.Millisecond)
 		}
 	}
+	if err := awaitLate(); err != nil { // from now on no call has the name that a sum could get
+		return erased, err
+	}
+	attributes, err := collect(ctx, s.readDB, doing, func(a *string) []any { return []any{a} },
+		`SELECT DISTINCT attribute FROM attribution_sums WHERE project = ?`, project)
 	for _, attribute := range attributes {
-		if err == nil && strings.HasPrefix(attribute, tagAttribute) {
+		if err == nil {
 			err = s.eraseSums(ctx, project, attribute, name)
 		}
 	}
@@ -321,23 +359,26 @@ func (s *store) eraseSums(ctx context.Context, project int64, attribute, name st
 				continue
 			}
 		}
-		if _, err := execCount(ctx, s.writeDB, doing, `
-			DELETE FROM attribution_sums WHERE project = ? AND attribute = ? AND at = ? AND value = ?`,
-			project, attribute, at, name); err != nil {
-			return err
+		for range 2 { // the first may have waited for mergeSlots, whose new rows only the second finds
+			if _, err := execCount(ctx, s.writeDB, doing, `
+				DELETE FROM attribution_sums WHERE project = ? AND attribute = ? AND at = ? AND value = ?`,
+				project, attribute, at, name); err != nil {
+				return err
+			}
 		}
 	}
 	return err
 }
 
-// eraseFromPending takes a name out of the pending records of a project.
+// eraseFromPending takes a name out of the pending records of a project. Whoever has read them before, to record the
+// calls of a closed replica as lost, is done when it returns.
 func (s *store) eraseFromPending(ctx context.Context, project int64, name string) error {
 	const doing = "erasing an end user from pending records"
 	type batch struct {
 		id    int64
 		calls string
 	}
-	return s.withTx(ctx, func(tx *sql.Tx) error {
+	err := s.withTx(ctx, func(tx *sql.Tx) error {
 		batches, err := collect(ctx, tx, doing, func(b *batch) []any { return []any{&b.id, &b.calls} },
 			`SELECT batch, calls FROM begun`)
 		if err != nil {
@@ -358,6 +399,10 @@ func (s *store) eraseFromPending(ctx context.Context, project int64, name string
 		}
 		return nil
 	})
+	if err == nil && s.backend != nil {
+		err = s.backend.awaitRecovery(ctx)
+	}
+	return err
 }
 
 // A namedCall is a call that may have the name of an end user.

@@ -66,6 +66,8 @@ type backend struct {
 	// recoverClosed calls recoverCalls for each replica that can write nothing any more, but has left something behind.
 	// It returns how many calls were lost.
 	recoverClosed func(ctx context.Context, recoverCalls recoverFunc) (lost int, err error)
+	// awaitRecovery returns when no recoverClosed is under way that began before.
+	awaitRecovery func(context.Context) error
 	listReplicas  func(context.Context) ([]replicaRow, error)
 	// ask asks the other replicas a question. It returns the answers that came within wait, and the ids of replicas
 	// that did not answer.

@@ -142,7 +142,8 @@ func newPostgres(ctx context.Context, c *postgresConfig, serve bool) (_ *postgre
 	if err != nil {
 		return nil, errors.New("DATABASE_URL is not a URL")
 	}
-	p := &postgres{config: c, name: u.Redacted(), store: &store{}, started: func() {}, recovering: func() {}}
+	p := &postgres{config: c, name: u.Redacted(), started: func() {}, recovering: func() {},
+		store: &store{reports: make(chan struct{}, maxReports)}}
 	p.cluster = newCluster(p)
 	defer func() {
 		if err != nil {
@@ -205,6 +206,7 @@ func (p *postgres) backend() *backend {
 		recordedRows: p.recordedRows, size: p.size, vacuum: p.vacuum, problem: p.cluster.problem,
 		watch: p.cluster.watch, close: p.close,
 		slot: p.slot.Load, lastRequestID: p.lastRequestID, recoverClosed: p.recoverClosed,
+		awaitRecovery:  p.cluster.awaitRecovery,
 		pendingRecords: p.pendingRecords, deletePending: p.deletePending, mergeSlots: p.mergeSlots,
 		listReplicas: p.listReplicas, ask: p.cluster.ask, announce: p.announce,
 		disown: p.cluster.disown, isLeader: p.cluster.isLeader,

@@ -191,3 +191,43 @@ func TestPostgresMergeOfLargeSums(t *testing.T) {
 		t.Errorf("%+v %v", h, err)
 	}
 }
+
+// TestPostgresEraseDuringMerge: the sums of an erased end user that are being added up at that moment are erased, too.
+func TestPostgresEraseDuringMerge(t *testing.T) {
+	requirePostgres(t)
+	p := newTest(t, nil)
+	st, ctx := p.instance.store, t.Context()
+	project, err := st.projectByID(ctx, p.project)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.execSQL(fmt.Sprintf(`INSERT INTO attribution_sums (project, attribute, at, value, token, model, endpoint, outcome,
+			asked, calls, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls,
+			estimated_calls, would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, slot)
+		VALUES (%d, 'end_user', 0, 'ann', 1, 'm', 'e', 'ok', '', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7)`,
+		project.seq))
+	merging, err := st.writeDB.BeginTx(ctx, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer merging.Rollback()
+	if _, err := merging.ExecContext(ctx, `WITH old AS (DELETE FROM attribution_sums WHERE slot = 7 RETURNING *) `+
+		mergedAttributed+mergeSums); err != nil {
+		t.Fatal(err)
+	}
+	erased := make(chan error, 1)
+	go func() {
+		_, err := st.eraseEndUser(ctx, project.seq, "ann", func() error { return nil })
+		erased <- err
+	}()
+	waitFor(t, "an erasure that waits", func() bool { return p.countRows(`pg_locks WHERE NOT granted`) > 0 })
+	if err := merging.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-erased; err != nil {
+		t.Error(err)
+	}
+	if n := p.countRows(`attribution_sums WHERE value = 'ann'`); n > 0 {
+		t.Errorf("%d sums have the name", n)
+	}
+}

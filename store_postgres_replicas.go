@@ -31,7 +31,7 @@ const (
 const (
 	lockAttempts    = 600
 	lockPause       = 100 * time.Millisecond
-	lockConnections = 4 // for the locks of the process, a start, a recovery; and to look for changes
+	lockConnections = 5 // for the locks of the process, a start, a recovery, waiting for one; and to look for changes
 	closeTimeout    = 5 * time.Second
 	maxAnswerTime   = 10 * time.Second
 	answerPoll      = 10 * time.Millisecond
@@ -369,6 +369,15 @@ func (p *postgres) recoverClosed(ctx context.Context, recoverCalls recoverFunc) 
 		}
 	}
 	return lost, nil
+}
+
+// awaitRecovery is backend.awaitRecovery.
+func (c *cluster) awaitRecovery(ctx context.Context) error {
+	release, err := c.lockOut(ctx, lockRecovery)
+	if err == nil {
+		release()
+	}
+	return err
 }
 
 // closedReplicas returns those that can write nothing any more, but have left calls or their slot. 0 is a database that

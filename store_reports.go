@@ -87,7 +87,7 @@ func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 		groups, err = s.sumScopes(ctx, &q, scopes, false)
 	}
 	if err == nil && q.attribute != "" {
-		groups, err = s.splitByValue(ctx, &q, groups)
+		groups, err = s.reportByValue(ctx, &q, groups)
 	}
 	if err != nil {
 		return nil, err
