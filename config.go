@@ -76,8 +76,9 @@ type effectiveSetting struct {
 
 // A setting is one row of the settings table.
 type setting struct {
-	name, def, help string
+	name, def string
 	setter
+	help string
 }
 
 // A setter checks the text of a setting and stores it in a field of a config.
@@ -132,95 +133,66 @@ func settings(c *config) []setting {
 
 func serverSettings(c *config) []setting {
 	return []setting{
-		{"LISTEN_ADDR", "127.0.0.1:8080",
-			"address and port to listen on. :8080: every address; unix:PATH: a socket; systemd: the inherited socket",
-			setChecked(&c.listenAddr, checkListen)},
-		{"METRICS_ADDR", "",
-			"address and port that serve /metrics without a key; default: on LISTEN_ADDR only, with a management key",
-			setChecked(&c.metricsAddr, checkMetricsListen)},
-		{"SOCKET_MODE", "0660",
-			"octal file mode of a unix socket: who may connect",
-			setParsed(&c.socketMode, parseFileMode)},
-		{"PUBLIC_URL", "",
-			"URL that clients and browsers use, e.g. https://llm.example.com; /manage and /admin accept its host",
-			setParsed(&c.publicURL, parsePublicURL)},
-		{"TRUSTED_PROXIES", "",
-			"comma-separated addresses or CIDRs whose X-Forwarded-For is trusted; unix: connections through the socket",
-			setter{set: func(text string) (err error) {
-				c.trustUnix, c.trustedProxies, err = parseTrustedProxies(text)
-				return err
-			}}},
-		{"CORS_ORIGINS", "",
-			"comma-separated origins of web pages that may call /v1, e.g. https://chat.example.com; default: none",
-			setParsed(&c.corsOrigins, parseOrigins)},
-		{"TLS_CERT_FILE", "",
-			"PEM certificate chain; with TLS_KEY_FILE the proxy serves https. Reloaded when it changes, and on SIGHUP",
-			setUnchecked(&c.tlsCert)},
-		{"TLS_KEY_FILE", "",
-			"PEM private key",
-			setUnchecked(&c.tlsKey)},
-		{"ADMIN_PAGES", "true",
-			"false: no pages under /admin",
-			setBool(&c.adminPages)},
-		{"LOG_LEVEL", "info",
-			"debug, info, warn or error",
-			setParsed(&c.logLevel, parseLevel)},
-		{"LOG_FORMAT", "json",
-			"json or text",
-			setParsed(&c.logText, parseLogFormat)},
+		{"LISTEN_ADDR", "127.0.0.1:8080", setChecked(&c.listenAddr, checkListen),
+			"address and port to listen on. :8080: every address; unix:PATH: a socket; systemd: the inherited socket"},
+		{"METRICS_ADDR", "", setChecked(&c.metricsAddr, checkMetricsListen),
+			"address and port that serve /metrics without a key; default: on LISTEN_ADDR only, with a management key"},
+		{"SOCKET_MODE", "0660", setParsed(&c.socketMode, parseFileMode),
+			"octal file mode of a unix socket: who may connect"},
+		{"PUBLIC_URL", "", setParsed(&c.publicURL, parsePublicURL),
+			"URL that clients and browsers use, e.g. https://llm.example.com; /manage and /admin accept its host"},
+		{"TRUSTED_PROXIES", "", setter{set: c.setTrustedProxies},
+			"comma-separated addresses or CIDRs whose X-Forwarded-For is trusted; " +
+				"unix: connections through the socket"},
+		{"CORS_ORIGINS", "", setParsed(&c.corsOrigins, parseOrigins),
+			"comma-separated origins of web pages that may call /v1, e.g. https://chat.example.com; default: none"},
+		{"TLS_CERT_FILE", "", setUnchecked(&c.tlsCert),
+			"PEM certificate chain; with TLS_KEY_FILE the proxy serves https. Reloaded when it changes, and on SIGHUP"},
+		{"TLS_KEY_FILE", "", setUnchecked(&c.tlsKey),
+			"PEM private key"},
+		{"ADMIN_PAGES", "true", setBool(&c.adminPages),
+			"false: no pages under /admin"},
+		{"LOG_LEVEL", "info", setParsed(&c.logLevel, parseLevel),
+			"debug, info, warn or error"},
+		{"LOG_FORMAT", "json", setParsed(&c.logText, parseLogFormat),
+			"json or text"},
 	}
 }
 
 func dataSettings(c *config) []setting {
 	return []setting{
-		{"DATA_DIR", "./data",
-			"directory for the database and the key file; created with mode 0700 if missing",
-			setParsed(&c.dataDir, filepath.Abs)},
-		{"DATABASE_URL", "",
-			"sqlite:FILE for a database outside DATA_DIR, or postgres://USER@HOST/NAME; default: in DATA_DIR",
-			setter{set: c.setDatabaseURL}},
-		{"DATABASE_PASSWORD_FILE", "",
-			"file with the password for PostgreSQL, if DATABASE_URL has none",
-			setSecretFile(&c.databasePassword, checkDatabasePassword)},
-		{"DATABASE_CONNECTIONS", "10",
-			"connections to PostgreSQL, six of which are for writing, locks and notifications",
-			setCount(&c.databaseConns, 8, 1000)},
-		{"DATABASE_TIMEOUT", "10s",
-			"how long PostgreSQL may take for a statement",
-			setDuration(&c.databaseTimeout, time.Second, 10*time.Minute)},
-		{"STALE_LIMIT", "5s",
-			"how long calls are admitted without news of changes from PostgreSQL, such as revoked tokens",
-			setDuration(&c.staleLimit, time.Second, time.Minute)},
-		{"REPLICA_TIMEOUT", "10s",
-			"how long after its last heartbeat a replica counts as dead; more than STALE_LIMIT",
-			setDuration(&c.replicaTimeout, 2*time.Second, 10*time.Minute)},
-		{"ENCRYPTION_KEY", "",
-			"32 random bytes in hex or base64; encrypts the provider keys in the database",
-			setSecret(&c.encryptionKey, checkEncryptionKey)},
-		{"ENCRYPTION_KEY_FILE", "",
-			"file with the encryption key; if neither is set: DATA_DIR/encryption.key, created at the first start",
-			setSecretFile(&c.encryptionKey, checkEncryptionKey)},
-		{"MANAGEMENT_TOKEN", "",
-			"a management key with role admin that is not in the database; at least 32 characters",
-			setSecret(&c.managementToken, checkManagementToken)},
-		{"MANAGEMENT_TOKEN_FILE", "",
-			"file with MANAGEMENT_TOKEN",
-			setSecretFile(&c.managementToken, checkManagementToken)},
-		{"OPENAI_API_KEY", "",
-			"if the database is empty: creates a project \"default\" with this provider key, and a token",
-			setSecret(&c.openaiKey, checkProviderKey)},
-		{"OPENAI_API_URL", "https://api.openai.com",
-			"base URL of a new project's first upstream, unless the request names one",
-			setUnchecked(&c.openaiURL)}, // checkTogether checks it with ALLOW_PRIVATE_UPSTREAMS
-		{"ALLOW_PRIVATE_UPSTREAMS", "false",
-			"true: base URLs may be http:// and may name loopback or private addresses",
-			setBool(&c.allowPrivate)},
-		{"UPSTREAM_PROXY", "",
-			"http://, https:// or socks5:// URL of a proxy through which all calls to providers go; default: none",
-			setter{secret: true, set: func(text string) (err error) { // it may have a password
-				c.upstreamProxy, err = parseUpstreamProxy(text)
-				return err
-			}}},
+		{"DATA_DIR", "./data", setParsed(&c.dataDir, filepath.Abs),
+			"directory for the database and the key file; created with mode 0700 if missing"},
+		{"DATABASE_URL", "", setter{set: c.setDatabaseURL},
+			"sqlite:FILE for a database outside DATA_DIR, or postgres://USER@HOST/NAME; default: in DATA_DIR"},
+		{"DATABASE_PASSWORD_FILE", "", setSecretFile(&c.databasePassword, checkDatabasePassword),
+			"file with the password for PostgreSQL, if DATABASE_URL has none"},
+		{"DATABASE_CONNECTIONS", "10", setCount(&c.databaseConns, 8, 1000),
+			"connections to PostgreSQL, six of which are for writing, locks and notifications"},
+		{"DATABASE_TIMEOUT", "10s", setDuration(&c.databaseTimeout, time.Second, 10*time.Minute),
+			"how long PostgreSQL may take for a statement"},
+		{"STALE_LIMIT", "5s", setDuration(&c.staleLimit, time.Second, time.Minute),
+			"how long calls are admitted without news of changes from PostgreSQL, such as revoked tokens"},
+		{"REPLICA_TIMEOUT", "10s", setDuration(&c.replicaTimeout, 2*time.Second, 10*time.Minute),
+			"how long after its last heartbeat a replica counts as dead; more than STALE_LIMIT"},
+		{"ENCRYPTION_KEY", "", setSecret(&c.encryptionKey, checkEncryptionKey),
+			"32 random bytes in hex or base64; encrypts the provider keys in the database"},
+		{"ENCRYPTION_KEY_FILE", "", setSecretFile(&c.encryptionKey, checkEncryptionKey),
+			"file with the encryption key; if neither is set: DATA_DIR/encryption.key, created at the first start"},
+		{"MANAGEMENT_TOKEN", "", setSecret(&c.managementToken, checkManagementToken),
+			"a management key with role admin that is not in the database; at least 32 characters"},
+		{"MANAGEMENT_TOKEN_FILE", "", setSecretFile(&c.managementToken, checkManagementToken),
+			"file with MANAGEMENT_TOKEN"},
+		{"OPENAI_API_KEY", "", setSecret(&c.openaiKey, checkProviderKey),
+			"if the database is empty: creates a project \"default\" with this provider key, and a token"},
+		// checkTogether checks this one with the next.
+		{"OPENAI_API_URL", "https://api.openai.com", setUnchecked(&c.openaiURL),
+			"base URL of a new project's first upstream, unless the request names one"},
+		{"ALLOW_PRIVATE_UPSTREAMS", "false", setBool(&c.allowPrivate),
+			"true: base URLs may be http:// and may name loopback or private addresses"},
+		// The URL may have a password.
+		{"UPSTREAM_PROXY", "", setter{secret: true, set: setParsed(&c.upstreamProxy, parseUpstreamProxy).set},
+			"http://, https:// or socks5:// URL of a proxy through which all calls to providers go; default: none"},
 	}
 }
 
@@ -230,51 +202,36 @@ func limitSettings(c *config) []setting {
 		day                    = 24 * time.Hour
 	)
 	return []setting{
-		{"MAX_BODY_BYTES", "32MiB",
-			"largest request body (JSON, audio, images) that is read into memory",
-			setSize(&c.maxBodyBytes, 1<<10, 1<<30)},
-		{"MAX_UPLOAD_BYTES", "512MiB",
-			"largest file upload on stateful endpoints; uploads are streamed, not kept in memory",
-			setSize(&c.maxUploadBytes, 1<<10, 1<<40)},
-		{"BODY_MEMORY", "512MiB",
-			"memory for all request bodies together; when full, calls get 503, and a token that uses a quarter 429",
-			setSize(&c.bodyMemory, 1<<20, 1<<40)},
-		{"MAX_CONCURRENT_CALLS", "10000",
-			"concurrent calls to /v1; further ones get 503 with Retry-After",
-			setCount(&c.maxCalls, 1, 1_000_000)},
-		{"MAX_CONNECTIONS", "16384",
-			"open connections of clients; further ones are closed at once",
-			setCount(&c.maxConnections, 1, 1_000_000)},
-		{"UPSTREAM_TIMEOUT", "10m",
-			"how long a provider may take to start its answer",
-			setDuration(&c.upstreamTimeout, minTimeout, maxTimeout)},
-		{"FIRST_EVENT_TIMEOUT", "10s",
-			"how long a stream's first event may take before the next upstream, if any, is tried",
-			setDuration(&c.firstEventTimeout, minTimeout, maxTimeout)},
-		{"STREAM_IDLE_TIMEOUT", "5m",
-			"how long an answer may pause before it is cut; its total time is not limited",
-			setDuration(&c.streamIdleTimeout, minTimeout, maxTimeout)},
-		{"STREAM_PING_INTERVAL", "15s",
-			"how long the client of a verified stream waits for a ping while the stream is held back, at most 4m",
-			setDuration(&c.streamPing, 10*time.Millisecond, 4*time.Minute)},
-		{"DRAIN_TIMEOUT", "30s",
-			"how long running calls may continue after SIGTERM",
-			setDuration(&c.drainTimeout, 0, time.Hour)},
-		{"DRAIN_DELAY", "2s",
-			"how long after SIGTERM connections are still accepted, to answer 503, so that load balancers notice",
-			setDuration(&c.drainDelay, 0, 10*time.Minute)},
-		{"RETENTION", "90d",
-			"how long the ledger keeps single calls; totals are kept longer",
-			setDuration(&c.retention, time.Hour, 3660*day)},
-		{"MAX_DATABASE_BYTES", "",
-			"database size above which the oldest single calls are deleted, whatever their age; default: no limit",
-			setSize(&c.maxDatabaseBytes, 16<<20, 1<<50)},
-		{"MAX_CONTENT_BYTES", "64KiB",
-			"how much of each request and answer is stored, in projects whose policy has keep_content_days",
-			setSize(&c.maxContentBytes, 1<<10, 16<<20)},
-		{"MAX_CACHE_BYTES", "256MiB",
-			"size of the cached answers on disk, of projects whose policy has cache; those used longest ago go first",
-			setSize(&c.maxCacheBytes, 1<<20, 1<<40)},
+		{"MAX_BODY_BYTES", "32MiB", setSize(&c.maxBodyBytes, 1<<10, 1<<30),
+			"largest request body (JSON, audio, images) that is read into memory"},
+		{"MAX_UPLOAD_BYTES", "512MiB", setSize(&c.maxUploadBytes, 1<<10, 1<<40),
+			"largest file upload on stateful endpoints; uploads are streamed, not kept in memory"},
+		{"BODY_MEMORY", "512MiB", setSize(&c.bodyMemory, 1<<20, 1<<40),
+			"memory for all request bodies together; when full, calls get 503, and a token that uses a quarter 429"},
+		{"MAX_CONCURRENT_CALLS", "10000", setCount(&c.maxCalls, 1, 1_000_000),
+			"concurrent calls to /v1; further ones get 503 with Retry-After"},
+		{"MAX_CONNECTIONS", "16384", setCount(&c.maxConnections, 1, 1_000_000),
+			"open connections of clients; further ones are closed at once"},
+		{"UPSTREAM_TIMEOUT", "10m", setDuration(&c.upstreamTimeout, minTimeout, maxTimeout),
+			"how long a provider may take to start its answer"},
+		{"FIRST_EVENT_TIMEOUT", "10s", setDuration(&c.firstEventTimeout, minTimeout, maxTimeout),
+			"how long a stream's first event may take before the next upstream, if any, is tried"},
+		{"STREAM_IDLE_TIMEOUT", "5m", setDuration(&c.streamIdleTimeout, minTimeout, maxTimeout),
+			"how long an answer may pause before it is cut; its total time is not limited"},
+		{"STREAM_PING_INTERVAL", "15s", setDuration(&c.streamPing, 10*time.Millisecond, 4*time.Minute),
+			"how long the client of a verified stream waits for a ping while the stream is held back, at most 4m"},
+		{"DRAIN_TIMEOUT", "30s", setDuration(&c.drainTimeout, 0, time.Hour),
+			"how long running calls may continue after SIGTERM"},
+		{"DRAIN_DELAY", "2s", setDuration(&c.drainDelay, 0, 10*time.Minute),
+			"how long after SIGTERM connections are still accepted, to answer 503, so that load balancers notice"},
+		{"RETENTION", "90d", setDuration(&c.retention, time.Hour, 3660*day),
+			"how long the ledger keeps single calls; totals are kept longer"},
+		{"MAX_DATABASE_BYTES", "", setSize(&c.maxDatabaseBytes, 16<<20, 1<<50),
+			"database size above which the oldest single calls are deleted, whatever their age; default: no limit"},
+		{"MAX_CONTENT_BYTES", "64KiB", setSize(&c.maxContentBytes, 1<<10, 16<<20),
+			"how much of each request and answer is stored, in projects whose policy has keep_content_days"},
+		{"MAX_CACHE_BYTES", "256MiB", setSize(&c.maxCacheBytes, 1<<20, 1<<40),
+			"size of the cached answers on disk, of projects whose policy has cache; those used longest ago go first"},
 	}
 }
 
@@ -456,6 +413,11 @@ func (c *config) setDatabaseURL(text string) (err error) {
 	}
 	c.databaseName, c.databaseWarnings, err = checkPostgresURL(text)
 	c.postgres = &postgresConfig{url: newSecret(text)}
+	return err
+}
+
+func (c *config) setTrustedProxies(text string) (err error) {
+	c.trustUnix, c.trustedProxies, err = parseTrustedProxies(text)
 	return err
 }
 

@@ -242,6 +242,9 @@ func collect[T any](ctx context.Context, db querier, doing string, columns func(
 	return out, nil
 }
 
+// single is the columns of a row of one column.
+func single[T any](value *T) []any { return []any{value} }
+
 // queryRow returns the first row of a query, or errNotFound. columns is as for collect.
 func queryRow[T any](ctx context.Context, db querier, columns func(*T) []any,
 	query string, args ...any) (row T, err error) {
@@ -255,6 +258,31 @@ func queryValue[T any](ctx context.Context, db querier, doing, query string, arg
 		return value, fmt.Errorf("%s: %w", doing, mapNoRows(err))
 	}
 	return value, nil
+}
+
+// scanRow reads the columns of the first row of a query into pointers, or returns an error that wraps errNotFound.
+func scanRow(ctx context.Context, db querier, doing string, into []any, query string, args ...any) error {
+	if err := db.QueryRowContext(ctx, query, args...).Scan(into...); err != nil {
+		return fmt.Errorf("%s: %w", doing, mapNoRows(err))
+	}
+	return nil
+}
+
+// execute runs a statement.
+func execute(ctx context.Context, db querier, doing, query string, args ...any) error {
+	_, err := execCount(ctx, db, doing, query, args...)
+	return err
+}
+
+// execEach runs statements, each with the same arguments, and returns how many rows they changed together.
+func execEach(ctx context.Context, db querier, doing string, statements []string, args ...any) (n int64, err error) {
+	for _, statement := range statements {
+		changed, err := execCount(ctx, db, doing, statement, args...)
+		if n += changed; err != nil {
+			return n, err
+		}
+	}
+	return n, nil
 }
 
 // execCount runs a statement and returns how many rows it changed.
@@ -298,13 +326,10 @@ func (s *store) size(ctx context.Context) (all, free int64, err error) {
 		all, err = s.backend.size(ctx)
 		return all, 0, err
 	}
-	err = s.readDB.QueryRowContext(ctx, `
+	err = scanRow(ctx, s.readDB, "reading the database's size", []any{&all, &free}, `
 		SELECT c.page_count * s.page_size, f.freelist_count * s.page_size
-		FROM pragma_page_count c, pragma_page_size s, pragma_freelist_count f`).Scan(&all, &free)
-	if err != nil {
-		return 0, 0, fmt.Errorf("reading the database's size: %w", err)
-	}
-	return all, free, nil
+		FROM pragma_page_count c, pragma_page_size s, pragma_freelist_count f`)
+	return all, free, err
 }
 
 // setting returns a setting, or errNotFound.
@@ -328,8 +353,7 @@ func saveSetting(ctx context.Context, db querier, name, value string) error {
 }
 
 func (s *store) deleteSetting(ctx context.Context, name string) error {
-	_, err := execCount(ctx, s.writeDB, "deleting the setting "+name, `DELETE FROM settings WHERE name = ?`, name)
-	return err
+	return execute(ctx, s.writeDB, "deleting the setting "+name, `DELETE FROM settings WHERE name = ?`, name)
 }
 
 // checkWritable returns an error if the database cannot be written now.
@@ -349,8 +373,7 @@ func (s *store) touchSession(ctx context.Context, hash []byte, now int64) error 
 
 // endAllSessions is for a restored database: a session that was ended after the backup must not come back.
 func (s *store) endAllSessions(ctx context.Context) error {
-	_, err := execCount(ctx, s.writeDB, "ending all sessions", `DELETE FROM sessions`)
-	return err
+	return execute(ctx, s.writeDB, "ending all sessions", `DELETE FROM sessions`)
 }
 
 // setHealth stores an upstream's health; a row that is ready is deleted. A state that needs attention, or no

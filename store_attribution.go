@@ -98,14 +98,7 @@ func (s *store) readTopValues(ctx context.Context, q *usageQuery, limit int) ([]
 // usedAttributes returns up to limit attributes that calls of a project ("": of all) had: session, end_user and tags by
 // their keys.
 func (s *store) usedAttributes(ctx context.Context, project string, limit int) ([]string, error) {
-	return collect(ctx, s.readDB, "listing attributes", func(a *string) []any { return []any{a} }, `
-		WITH RECURSIVE used (project, attribute) AS (
-			SELECT p.seq, (SELECT min(attribute) FROM attribution_sums WHERE project = p.seq)
-			FROM projects p WHERE ?1 = '' OR p.id = ?1
-			UNION ALL
-			SELECT u.project,
-				(SELECT min(attribute) FROM attribution_sums WHERE project = u.project AND attribute > u.attribute)
-			FROM used u WHERE u.attribute IS NOT NULL)
+	return collect(ctx, s.readDB, "listing attributes", single[string], usedAttributesCTE+`
 		SELECT attribute FROM used WHERE attribute IS NOT NULL GROUP BY attribute
 		ORDER BY attribute LIKE 'tag:%', attribute DESC LIMIT ?2`, project, limit)
 }
@@ -195,10 +188,8 @@ func (s *store) readAttributed(ctx context.Context, q *usageQuery, values string
 		args[5] = maxAttributedSums
 	}
 	rows, err := collect(ctx, s.readDB, "adding up an attribute", func(r *usageRow) []any {
-		return []any{&r.at, &r.value, &r.projectSeq, &r.projectID, &r.projectName, &r.projectDeleted, &r.tokenID,
-			&r.tokenName, &r.model, &r.endpoint, &r.outcome, &r.calls, &r.input, &r.cached, &r.output, &r.reasoning,
-			&r.cost, &r.unpriced, &r.estimated, &r.wouldRefuse, &r.totalUS, &r.hits, &r.saved, &r.savedUS,
-			&r.promptSaved, &r.clientRetries}
+		return append([]any{&r.at, &r.value, &r.projectSeq, &r.projectID, &r.projectName, &r.projectDeleted,
+			&r.tokenID, &r.tokenName, &r.model, &r.endpoint, &r.outcome}, r.columns()...)
 	}, attributedStatement(values != "", byLabels, inSQL), args...)
 	if err == nil && inSQL && len(rows) > q.limit {
 		err = errTooManyRows
@@ -218,8 +209,6 @@ func (s *store) readAttributed(ctx context.Context, q *usageQuery, values string
 // attributedStatement returns a statement of readAttributed. Where neither values nor labels matter, it adds up in the
 // order of the key: sorting all rows costs many times as much.
 func attributedStatement(byValue, byLabels, addUp bool) string {
-	const columns = `calls, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls,
-			estimated_calls, would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries`
 	const sums = `sum(calls) AS calls, sum(input_tokens) AS input_tokens, sum(cached_tokens) AS cached_tokens,
 			sum(output_tokens) AS output_tokens, sum(reasoning_tokens) AS reasoning_tokens, sum(cost) AS cost,
 			sum(unpriced_calls) AS unpriced_calls, sum(estimated_calls) AS estimated_calls,
@@ -227,9 +216,7 @@ func attributedStatement(byValue, byLabels, addUp bool) string {
 			sum(saved) AS saved, sum(saved_us) AS saved_us, sum(prompt_saved) AS prompt_saved,
 			sum(client_retries) AS client_retries`
 	const head = `SELECT g.at, g.value, g.project, coalesce(p.id, ''), coalesce(p.name, ''), p.deleted_at IS NOT NULL,
-			coalesce(t.id, ''), coalesce(t.name, ''), g.model, g.endpoint, g.outcome, g.calls, g.input_tokens,
-			g.cached_tokens, g.output_tokens, g.reasoning_tokens, g.cost, g.unpriced_calls, g.estimated_calls,
-			g.would_refuse, g.total_us, g.cache_hits, g.saved, g.saved_us, g.prompt_saved, g.client_retries
+			coalesce(t.id, ''), coalesce(t.name, ''), g.model, g.endpoint, g.outcome, ` + sumColumns + `
 		FROM (SELECT CASE ?7 WHEN 'hour' THEN at WHEN 'total' THEN 0 ELSE at - at % 86400000 END AS at,
 			CASE WHEN ?8 THEN project ELSE 0 END AS project, `
 	const labels = `CASE WHEN ?9 THEN token ELSE 0 END AS token, CASE WHEN ?10 THEN model ELSE '' END AS model,
@@ -241,16 +228,16 @@ func attributedStatement(byValue, byLabels, addUp bool) string {
 	case byValue && addUp:
 		return head + labels + `value, ` + sums + fromAttributed + inList + `GROUP BY 1, 2, 3, 4, 5, 6, 7` + tail
 	case byValue:
-		return head + labels + `value, ` + columns + fromAttributed + inList + tail
+		return head + labels + `value, ` + sumColumns + fromAttributed + inList + tail
 	case byLabels && addUp:
 		return head + labels + `'' AS value, ` + sums + fromAttributed + `GROUP BY 1, 2, 3, 4, 5, 6` + tail
 	case byLabels:
-		return head + labels + `'' AS value, ` + columns + fromAttributed + tail
+		return head + labels + `'' AS value, ` + sumColumns + fromAttributed + tail
 	case addUp:
 		return head + noLabels + sums + ` FROM (SELECT project, at, ` + sums + fromAttributed +
 			`GROUP BY project, at) hours GROUP BY 1, 2` + tail
 	}
-	return head + noLabels + columns + fromAttributed + tail
+	return head + noLabels + sumColumns + fromAttributed + tail
 }
 
 // deleteOldAttributionSums deletes some of the sums from before a time, sessions for those of sessions and others for
@@ -262,18 +249,12 @@ func (s *store) deleteOldAttributionSums(ctx context.Context, sessions, others i
 	}
 	found, err := collect(ctx, s.readDB, "finding old sums of attributes", func(o *oldest) []any {
 		return []any{&o.project, &o.attribute, &o.at}
-	}, `
-		WITH RECURSIVE used (project, attribute) AS (
-			SELECT p.seq, (SELECT min(attribute) FROM attribution_sums WHERE project = p.seq) FROM projects p
-			UNION ALL
-			SELECT u.project,
-				(SELECT min(attribute) FROM attribution_sums WHERE project = u.project AND attribute > u.attribute)
-			FROM used u WHERE u.attribute IS NOT NULL)
+	}, usedAttributesCTE+`
 		SELECT o.project, o.attribute, o.at FROM (SELECT project, attribute, (SELECT min(at) FROM attribution_sums
 				WHERE project = u.project AND attribute = u.attribute) AS at
 			FROM used u WHERE attribute IS NOT NULL) o
-		WHERE o.at < CASE o.attribute WHEN 'session' THEN CAST(?1 AS BIGINT)
-			ELSE CAST(?2 AS BIGINT) END LIMIT ?3`, sessions, others, limit)
+		WHERE o.at < CASE o.attribute WHEN 'session' THEN CAST(?2 AS BIGINT)
+			ELSE CAST(?3 AS BIGINT) END LIMIT ?4`, "", sessions, others, limit)
 	var deleted int64
 	for _, o := range found {
 		n, deleteErr := execCount(ctx, s.writeDB, "deleting old sums of attributes", `
@@ -298,8 +279,8 @@ func (s *store) deleteOldAttributionSums(ctx context.Context, sessions, others i
 func (s *store) eraseEndUser(ctx context.Context, project int64, name string, awaitLate func() error,
 ) (erased int64, err error) {
 	const doing = "erasing an end user"
-	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 1`)
-	defer func() { _, _ = execCount(ctx, s.writeDB, doing, `PRAGMA secure_delete = 0`) }()
+	_ = execute(ctx, s.writeDB, doing, `PRAGMA secure_delete = 1`)
+	defer func() { _ = execute(ctx, s.writeDB, doing, `PRAGMA secure_delete = 0`) }()
 	if err := s.eraseFromPending(ctx, project, name); err != nil {
 		return 0, err
 	}
@@ -323,29 +304,43 @@ func (s *store) eraseEndUser(ctx context.Context, project int64, name string, aw
 	if err := awaitLate(); err != nil { // from now on no call has the name that a sum could get
 		return erased, err
 	}
-	attributes, err := collect(ctx, s.readDB, doing, func(a *string) []any { return []any{a} },
+	attributes, err := collect(ctx, s.readDB, doing, single[string],
 		`SELECT DISTINCT attribute FROM attribution_sums WHERE project = ?`, project)
 	for _, attribute := range attributes {
 		if err == nil {
 			err = s.eraseSums(ctx, project, attribute, name)
 		}
 	}
-	_, _ = execCount(ctx, s.writeDB, doing, `PRAGMA wal_checkpoint(TRUNCATE)`) // a reader may be in its way
+	_ = execute(ctx, s.writeDB, doing, `PRAGMA wal_checkpoint(TRUNCATE)`) // a reader may be in its way
 	return erased, err
 }
+
+// hoursOfAttributeCTE lists the hours, from ?3 on, in which calls of the project with seq ?1 had the attribute ?2, by
+// stepping from one to the next in the key's order. A row with NULL ends them.
+const hoursOfAttributeCTE = `
+	WITH RECURSIVE hours (at) AS (
+		SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at >= ?3
+		UNION ALL
+		SELECT (SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at > h.at)
+		FROM hours h WHERE h.at IS NOT NULL)`
+
+// usedAttributesCTE lists the attributes that calls of the project with id ?1 ("": of all) had, in the same way.
+const usedAttributesCTE = `
+	WITH RECURSIVE used (project, attribute) AS (
+		SELECT p.seq, (SELECT min(attribute) FROM attribution_sums WHERE project = p.seq)
+		FROM projects p WHERE ?1 = '' OR p.id = ?1
+		UNION ALL
+		SELECT u.project,
+			(SELECT min(attribute) FROM attribution_sums WHERE project = u.project AND attribute > u.attribute)
+		FROM used u WHERE u.attribute IS NOT NULL)`
 
 // eraseSums deletes the sums of a name in all hours; those of a tag only where no call of the hour has it.
 func (s *store) eraseSums(ctx context.Context, project int64, attribute, name string) error {
 	const doing = "erasing an end user from the sums"
 	key, isTag := strings.CutPrefix(attribute, tagAttribute)
-	hours, err := collect(ctx, s.readDB, doing, func(at *int64) []any { return []any{at} }, `
-		WITH RECURSIVE hours (at) AS (
-			SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2
-			UNION ALL
-			SELECT (SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at > h.at)
-			FROM hours h WHERE h.at IS NOT NULL)
+	hours, err := collect(ctx, s.readDB, doing, single[int64], hoursOfAttributeCTE+`
 		SELECT h.at FROM hours h WHERE EXISTS (SELECT 1 FROM attribution_sums s
-			WHERE s.project = ?1 AND s.attribute = ?2 AND s.at = h.at AND s.value = ?3)`, project, attribute, name)
+			WHERE s.project = ?1 AND s.attribute = ?2 AND s.at = h.at AND s.value = ?4)`, project, attribute, 0, name)
 	for _, at := range hours {
 		if isTag {
 			kept, err := queryValue[int](ctx, s.readDB, doing, `
@@ -360,7 +355,7 @@ func (s *store) eraseSums(ctx context.Context, project int64, attribute, name st
 			}
 		}
 		for range 2 { // the first may have waited for mergeSlots, whose new rows only the second finds
-			if _, err := execCount(ctx, s.writeDB, doing, `
+			if err := execute(ctx, s.writeDB, doing, `
 				DELETE FROM attribution_sums WHERE project = ? AND attribute = ? AND at = ? AND value = ?`,
 				project, attribute, at, name); err != nil {
 				return err
@@ -392,8 +387,7 @@ func (s *store) eraseFromPending(ctx context.Context, project int64, name string
 			if !found {
 				continue
 			}
-			_, err = execCount(ctx, tx, doing, `UPDATE begun SET calls = ? WHERE batch = ?`, calls, b.id)
-			if err != nil {
+			if err := execute(ctx, tx, doing, `UPDATE begun SET calls = ? WHERE batch = ?`, calls, b.id); err != nil {
 				return err
 			}
 		}
@@ -424,10 +418,10 @@ func (s *store) eraseCalls(ctx context.Context, query string, project int64, nam
 		}
 		for _, c := range calls {
 			session, endUser, tags := c.attribution.without(name).columns()
-			if _, err := execCount(ctx, tx, doing, `DELETE FROM contents WHERE id = ?`, c.id); err != nil {
+			if err := execute(ctx, tx, doing, `DELETE FROM contents WHERE id = ?`, c.id); err != nil {
 				return err
 			}
-			_, err = execCount(ctx, tx, doing, `UPDATE requests SET session = ?, end_user = ?, tags = ? WHERE id = ?`,
+			err = execute(ctx, tx, doing, `UPDATE requests SET session = ?, end_user = ?, tags = ? WHERE id = ?`,
 				session, endUser, tags, c.id)
 			if err != nil {
 				return err
@@ -451,7 +445,7 @@ func (s *store) deleteEndedValues(ctx context.Context, before int64, limit int) 
 func (s *store) deleteLimitValues(ctx context.Context, project int64, value string, rows []limitValueRow) error {
 	return s.withTx(ctx, func(tx *sql.Tx) error {
 		for _, r := range rows {
-			_, err := execCount(ctx, tx, "deleting what a value has used", `
+			err := execute(ctx, tx, "deleting what a value has used", `
 				DELETE FROM limit_values
 				WHERE project = ? AND token = ? AND rule = ? AND value = ? AND window_start = ?`,
 				project, r.token, r.rule, value, r.windowStart)
@@ -498,14 +492,11 @@ func (s *store) limitValueUse(ctx context.Context, project, token int64, rule, v
 	if err != nil {
 		return 0, false, err
 	}
-	err = s.readDB.QueryRowContext(ctx, `
+	err = scanRow(ctx, s.readDB, "reading what a value has used", []any{&used, &stored}, `
 		SELECT coalesce(sum(min(used, 1000000000000000000)), 0), count(*) > 0 FROM limit_values
 		WHERE project = ? AND token = ? AND rule = ? AND value = ? AND window_start >= ?`,
-		project, token, rule, value, from).Scan(&used, &stored)
-	if err != nil {
-		return 0, false, fmt.Errorf("reading what a value has used: %w", err)
-	}
-	return max(used, past, 0), stored, nil
+		project, token, rule, value, from)
+	return max(used, past, 0), stored, err
 }
 
 // mayBeNew reports whether a limit of a project or, unless token is 0, of a token may have been set at from or later.
@@ -532,14 +523,7 @@ func (s *store) pastValueUse(ctx context.Context, project, token int64, rule, va
 	if isNew, err := s.mayBeNew(ctx, project, token, from); err != nil || !isNew {
 		return 0, err
 	}
-	sums, err := collect(ctx, s.readDB, "reading the sums of a value", func(u *pastUsage) []any {
-		return []any{&u.endpoint, &u.requestedModel, &u.calls, &u.inputTokens, &u.outputTokens, &u.nanosUSD}
-	}, `
-		WITH RECURSIVE hours (at) AS (
-			SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at >= ?3
-			UNION ALL
-			SELECT (SELECT min(at) FROM attribution_sums WHERE project = ?1 AND attribute = ?2 AND at > h.at)
-			FROM hours h WHERE h.at IS NOT NULL)
+	sums, err := collect(ctx, s.readDB, "reading the sums of a value", (*pastUsage).columns, hoursOfAttributeCTE+`
 		SELECT s.endpoint, s.asked, s.calls, s.input_tokens, s.output_tokens, s.cost
 		FROM hours h JOIN attribution_sums s ON s.project = ?1 AND s.attribute = ?2 AND s.at = h.at AND s.value = ?4
 		WHERE CAST(?5 AS BIGINT) IN (0, s.token) AND s.outcome <> 'refused'`, project, r.ForEach, from, value, token)
@@ -591,6 +575,8 @@ type valueUse struct {
 	used  int64
 }
 
+func (u *valueUse) columns() []any { return []any{&u.value, &u.used} }
+
 // maxPastSums is how many sums are read to find the values that have used most before a limit was set.
 const maxPastSums = 200_000
 
@@ -598,9 +584,7 @@ const maxPastSums = 200_000
 // looks for values that have used much before, in maxPastSums sums at most.
 func (s *store) topLimitValues(ctx context.Context, project, token int64, rule string, from int64, limit int,
 ) ([]valueUse, error) {
-	top, err := collect(ctx, s.readDB, "listing the values of a limit", func(u *valueUse) []any {
-		return []any{&u.value, &u.used}
-	}, `
+	top, err := collect(ctx, s.readDB, "listing the values of a limit", (*valueUse).columns, `
 		SELECT value, sum(min(used, 1000000000000000000)) AS total FROM limit_values
 		WHERE project = ? AND token = ? AND rule = ? AND window_start >= ?
 		GROUP BY value ORDER BY total DESC, value LIMIT ?`, project, token, rule, from, limit)
@@ -614,9 +598,7 @@ func (s *store) topLimitValues(ctx context.Context, project, token int64, rule s
 	if isNew, err := s.mayBeNew(ctx, project, token, from); err != nil || !isNew {
 		return top, err
 	}
-	before, err := collect(ctx, s.readDB, "finding the largest values before a limit", func(u *valueUse) []any {
-		return []any{&u.value, &u.used}
-	}, `
+	before, err := collect(ctx, s.readDB, "finding the largest values before a limit", (*valueUse).columns, `
 		SELECT value, sum(amount) AS total FROM (
 			SELECT value, min(CASE ?5 WHEN 'requests' THEN calls
 				WHEN 'tokens' THEN min(input_tokens, ?6) + min(output_tokens, ?6) ELSE cost END, ?6) AS amount

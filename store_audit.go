@@ -112,7 +112,7 @@ func (s *store) appendAuditEntry(ctx context.Context, tx *sql.Tx, head auditHead
 	event auditEvent) error {
 	e := &auditEntry{auditOrigin: origin, action: event.action, object: event.object, detail: event.detailJSON()}
 	head = s.chain.appendEntry(head, e)
-	if _, err := execCount(ctx, tx, "writing the audit trail", `
+	if err := execute(ctx, tx, "writing the audit trail", `
 		INSERT INTO audit (`+auditColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, e.columns()...); err != nil {
 		return err
 	}
@@ -127,12 +127,11 @@ func (s *store) appendAuditEntry(ctx context.Context, tx *sql.Tx, head auditHead
 func readAuditHead(ctx context.Context, db querier, chain *auditChain) (
 	head auditHead, ok bool, newest int64, err error) {
 	var stored string
-	err = db.QueryRowContext(ctx, `
+	err = scanRow(ctx, db, "reading the end of the audit trail", []any{&stored, &newest}, `
 		SELECT coalesce((SELECT value FROM settings WHERE name = 'audit_head'), ''),
-			(SELECT coalesce(max(seq), 0) FROM audit)`).
-		Scan(&stored, &newest)
+			(SELECT coalesce(max(seq), 0) FROM audit)`)
 	if err != nil {
-		return head, false, 0, fmt.Errorf("reading the end of the audit trail: %w", err)
+		return head, false, 0, err
 	}
 	head, ok = chain.verifyHead(stored)
 	return head, ok, newest, nil
@@ -168,11 +167,11 @@ func (s *store) beginAudit(ctx context.Context, sl *sealer, origin auditOrigin, 
 	}
 	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
 		var entries, projects, tokens, keys int64
-		if err := tx.QueryRowContext(ctx, `
+		err := scanRow(ctx, tx, "starting the audit trail", []any{&entries, &projects, &tokens, &keys}, `
 			SELECT (SELECT coalesce(max(seq), 0) FROM audit), (SELECT coalesce(max(seq), 0) FROM projects),
-				(SELECT coalesce(max(seq), 0) FROM tokens), (SELECT coalesce(max(seq), 0) FROM management_keys)`).
-			Scan(&entries, &projects, &tokens, &keys); err != nil {
-			return auditEvent{}, fmt.Errorf("starting the audit trail: %w", err)
+				(SELECT coalesce(max(seq), 0) FROM tokens), (SELECT coalesce(max(seq), 0) FROM management_keys)`)
+		if err != nil {
+			return auditEvent{}, err
 		}
 		if entries > 0 {
 			return auditEvent{}, errors.New("the audit trail has entries, but its key was removed from the database; " +
@@ -551,22 +550,22 @@ func saveBinding(ctx context.Context, tx *auditedTx, row grantingRow) (err error
 	b := row.bound()
 	switch r := row.(type) {
 	case *tokenRow:
-		_, err = execCount(ctx, tx, doing, `UPDATE tokens SET bound_by = ?, mac = ? WHERE seq = ?`,
+		err = execute(ctx, tx, doing, `UPDATE tokens SET bound_by = ?, mac = ? WHERE seq = ?`,
 			b.boundBy, b.mac, r.seq)
 	case *managementKeyRow:
-		_, err = execCount(ctx, tx, doing, `UPDATE management_keys SET bound_by = ?, mac = ? WHERE seq = ?`,
+		err = execute(ctx, tx, doing, `UPDATE management_keys SET bound_by = ?, mac = ? WHERE seq = ?`,
 			b.boundBy, b.mac, r.seq)
 	case *projectRow:
-		_, err = execCount(ctx, tx, doing, `UPDATE projects SET bound_by = ?, mac = ? WHERE seq = ?`,
+		err = execute(ctx, tx, doing, `UPDATE projects SET bound_by = ?, mac = ? WHERE seq = ?`,
 			b.boundBy, b.mac, r.seq)
 	case *upstreamRow:
-		_, err = execCount(ctx, tx, doing, `UPDATE upstreams SET bound_by = ?, mac = ? WHERE seq = ?`,
+		err = execute(ctx, tx, doing, `UPDATE upstreams SET bound_by = ?, mac = ? WHERE seq = ?`,
 			b.boundBy, b.mac, r.seq)
 	case *shareRow:
-		_, err = execCount(ctx, tx, doing, `UPDATE upstream_shares SET bound_by = ?, mac = ?
+		err = execute(ctx, tx, doing, `UPDATE upstream_shares SET bound_by = ?, mac = ?
 			WHERE upstream = ? AND project = ?`, b.boundBy, b.mac, r.upstream, r.project)
 	case *sessionRow:
-		_, err = execCount(ctx, tx, doing, `UPDATE sessions SET bound_by = ?, mac = ? WHERE hash = ?`,
+		err = execute(ctx, tx, doing, `UPDATE sessions SET bound_by = ?, mac = ? WHERE hash = ?`,
 			b.boundBy, b.mac, r.hash)
 	}
 	return err
@@ -591,7 +590,7 @@ func (s *store) countSealedKeys(ctx context.Context) (int64, error) {
 func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer,
 	originOf func(baseURL string) (string, error)) (n int64, err error) {
 	if s.backend == nil {
-		if _, err := execCount(ctx, s.writeDB, "asking for deleted data to be overwritten",
+		if err := execute(ctx, s.writeDB, "asking for deleted data to be overwritten",
 			`PRAGMA secure_delete = 1`); err != nil {
 			return 0, err
 		}
@@ -624,7 +623,7 @@ func (s *store) reseal(ctx context.Context, origin auditOrigin, from, to *sealer
 // rewriteSealed writes the tables with sealed values once more, into pages of their own. When rows moved within a
 // table earlier, copies of them stayed in unused parts of its pages; the pages are overwritten when they are freed.
 func rewriteSealed(ctx context.Context, tx querier) error {
-	for _, statement := range []string{
+	_, err := execEach(ctx, tx, "overwriting old values", []string{
 		`CREATE TEMP TABLE resealed AS SELECT * FROM upstreams`,
 		`DELETE FROM upstreams`,
 		`INSERT INTO upstreams SELECT * FROM temp.resealed`,
@@ -637,12 +636,8 @@ func rewriteSealed(ctx context.Context, tx querier) error {
 		`DELETE FROM webhooks`,
 		`INSERT INTO webhooks SELECT * FROM temp.resealed`,
 		`DROP TABLE temp.resealed`,
-	} {
-		if _, err := execCount(ctx, tx, "overwriting old values", statement); err != nil {
-			return err
-		}
-	}
-	return nil
+	})
+	return err
 }
 
 func resealSetting(ctx context.Context, tx querier, name, aad string, from, to *sealer) error {
@@ -688,7 +683,7 @@ func (s *store) resealUpstreams(ctx context.Context, tx *auditedTx, from, to *se
 			b := u.bound()
 			u.mac = tx.chain.bindingMAC(&b)
 		}
-		if _, err := execCount(ctx, tx, "writing upstream "+u.id, `
+		if err := execute(ctx, tx, "writing upstream "+u.id, `
 			UPDATE upstreams SET sealed_key = ?, mac = ? WHERE seq = ?`, u.sealedKey, u.mac, u.seq); err != nil {
 			return 0, err
 		}

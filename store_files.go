@@ -295,16 +295,14 @@ func (s *store) checkIntegrity(ctx context.Context) ([]string, error) {
 	if s.backend != nil { // PostgreSQL finds damage when it reads a page
 		return nil, nil
 	}
-	lines, err := collect(ctx, s.readDB, "checking integrity", func(line *string) []any { return []any{line} },
-		`PRAGMA integrity_check(20)`)
+	lines, err := collect(ctx, s.readDB, "checking integrity", single[string], `PRAGMA integrity_check(20)`)
 	return slices.DeleteFunc(lines, func(line string) bool { return line == "ok" }), err
 }
 
 // copyTo writes a consistent copy of the database, as of one moment, to a file that is empty. The store must
 // be one from openReadOnly: query_only does not allow VACUUM INTO, although that leaves the source alone.
 func (s *store) copyTo(ctx context.Context, file string) error {
-	_, err := execCount(ctx, s.readDB, "copying the database", `VACUUM INTO ?`, file)
-	return err
+	return execute(ctx, s.readDB, "copying the database", `VACUUM INTO ?`, file)
 }
 
 // rowCounts is how much a database contains.
@@ -314,14 +312,10 @@ type rowCounts struct {
 }
 
 func (s *store) countRows(ctx context.Context) (c rowCounts, err error) {
-	err = s.readDB.QueryRowContext(ctx, `
+	err = scanRow(ctx, s.readDB, "counting rows", []any{&c.projects, &c.tokens, &c.calls, &c.newestCall}, `
 		SELECT (SELECT count(*) FROM projects WHERE deleted_at IS NULL), (SELECT count(*) FROM tokens),
-			(SELECT count(*) FROM requests), (SELECT coalesce(max(id), 0) FROM requests)`).
-		Scan(&c.projects, &c.tokens, &c.calls, &c.newestCall)
-	if err != nil {
-		return c, fmt.Errorf("counting rows: %w", err)
-	}
-	return c, nil
+			(SELECT count(*) FROM requests), (SELECT coalesce(max(id), 0) FROM requests)`)
+	return c, err
 }
 
 // countRunning counts the calls with an id below before that have not ended.
@@ -335,7 +329,7 @@ func (s *store) countRunning(ctx context.Context, before int64) (int64, error) {
 // databases of what both have. made_since has how many requests each token has made since the backup: calls
 // that ended, and those that run in either database, which is where a program may have died.
 func (s *store) attachCurrent(ctx context.Context, file string) error {
-	_, err := execCount(ctx, s.writeDB, "opening the current database", `ATTACH ? AS now`, readOnlyURI(file))
+	err := execute(ctx, s.writeDB, "opening the current database", `ATTACH ? AS now`, readOnlyURI(file))
 	if err != nil {
 		return err
 	}
@@ -351,7 +345,7 @@ func (s *store) attachCurrent(ctx context.Context, file string) error {
 		return fmt.Errorf("it has schema %d of an earlier version; start this version on it once, which migrates it "+
 			"to schema %d, then repeat", version, supported)
 	}
-	for _, statement := range []string{`
+	_, err = execEach(ctx, s.writeDB, "comparing with the current database", []string{`
 		CREATE TEMP TABLE known_projects AS
 		SELECT 0 AS now_seq, 0 AS seq
 		UNION ALL SELECT c.seq, b.seq FROM main.projects b JOIN now.projects c ON c.id = b.id`, `
@@ -366,12 +360,8 @@ func (s *store) attachCurrent(ctx context.Context, file string) error {
 		LEFT JOIN (SELECT token, count(*) AS n FROM main.running GROUP BY token) ours ON ours.token = b.seq
 		LEFT JOIN (SELECT token, count(*) AS n FROM now.running GROUP BY token) theirs ON theirs.token = c.seq
 		WHERE c.request_count + coalesce(theirs.n, 0) > b.request_count + coalesce(ours.n, 0)`,
-	} {
-		if _, err := execCount(ctx, s.writeDB, "comparing with the current database", statement); err != nil {
-			return err
-		}
-	}
-	return nil
+	})
+	return err
 }
 
 // A restorePair is a row of the backup, and the same row as it is in the current database, of which only those
@@ -453,7 +443,8 @@ type restoreCount struct {
 }
 
 func (s *store) countRestored(ctx context.Context) (c restoreCount, err error) {
-	err = s.writeDB.QueryRowContext(ctx, `
+	into := []any{&c.requestCounts, &c.limitUse, &c.createdSince, &c.prices}
+	err = scanRow(ctx, s.writeDB, "comparing with the current database", into, `
 		SELECT (SELECT count(*) FROM temp.made_since m JOIN main.tokens b ON b.id = m.id
 				JOIN now.tokens c ON c.id = m.id WHERE b.revoked_at IS NULL AND c.revoked_at IS NULL),
 			(SELECT count(DISTINCT n.token) FROM now.usage_sums n JOIN temp.known_tokens k ON k.now_seq = n.token
@@ -464,12 +455,8 @@ func (s *store) countRestored(ctx context.Context) (c restoreCount, err error) {
 			(SELECT count(*) FROM now.tokens c
 				WHERE c.revoked_at IS NULL AND c.id NOT IN (SELECT id FROM main.tokens)),
 			(SELECT count(*) FROM (SELECT * FROM (`+comparedPrices+`main.prices EXCEPT `+comparedPrices+`now.prices)
-				UNION SELECT * FROM (`+comparedPrices+`now.prices EXCEPT `+comparedPrices+`main.prices)))`).
-		Scan(&c.requestCounts, &c.limitUse, &c.createdSince, &c.prices)
-	if err != nil {
-		return c, fmt.Errorf("comparing with the current database: %w", err)
-	}
-	return c, nil
+				UNION SELECT * FROM (`+comparedPrices+`now.prices EXCEPT `+comparedPrices+`main.prices)))`)
+	return c, err
 }
 
 const comparedPrices = `SELECT match, valid_from, price FROM `
@@ -510,12 +497,8 @@ func (s *store) applyNarrowing(ctx context.Context, origin auditOrigin, event au
 				return event, fmt.Errorf("writing upstream %s: %w", n.upstreams[i].id, err)
 			}
 		}
-		for _, statement := range usedSince() {
-			if _, err := execCount(ctx, tx, "writing what was used since", statement); err != nil {
-				return event, err
-			}
-		}
-		return event, nil
+		_, err := execEach(ctx, tx, "writing what was used since", usedSince())
+		return event, err
 	})
 }
 
@@ -552,13 +535,10 @@ func usedSince() []string {
 			LEFT JOIN (SELECT token, count(*) AS n FROM now.running GROUP BY token) theirs ON theirs.token = c.seq
 			LEFT JOIN (SELECT token, count(*) AS n FROM main.running GROUP BY token) ours ON ours.token = k.seq) u
 		WHERE u.seq = b.seq AND u.n > b.request_count`, `
-		INSERT INTO main.usage_sums (grain, project, token, at, model, endpoint, outcome, asked, service_tier, calls,
-			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries)
-		SELECT n.grain, p.seq, t.seq, n.at, n.model, n.endpoint, n.outcome, n.asked, n.service_tier, n.calls,
-			n.input_tokens, n.cached_tokens, n.output_tokens, n.reasoning_tokens, n.cost, n.unpriced_calls,
-			n.estimated_calls, n.would_refuse, n.total_us, n.cache_hits, n.saved, n.saved_us, n.prompt_saved,
-			n.client_retries
+		INSERT INTO main.usage_sums (grain, project, token, at, model, endpoint, outcome, asked, service_tier,
+			` + sumColumns + `)
+		SELECT n.grain, p.seq, t.seq, n.at, n.model, n.endpoint, n.outcome, n.asked, n.service_tier,
+			` + sumColumns + `
 		FROM now.usage_sums n JOIN temp.known_projects p ON p.now_seq = n.project
 			JOIN temp.known_tokens t ON t.now_seq = n.token
 		WHERE NOT EXISTS (SELECT 1 FROM main.usage_sums m
@@ -597,13 +577,9 @@ const valuesUsedSince = `
 
 // attributedSince is the statement of usedSince for the sums of attributes.
 const attributedSince = `
-	INSERT INTO main.attribution_sums (project, attribute, at, value, token, model, endpoint, outcome, asked, calls,
-		input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-		would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries)
-	SELECT p.seq, n.attribute, n.at, n.value, t.seq, n.model, n.endpoint, n.outcome, n.asked, n.calls,
-		n.input_tokens, n.cached_tokens, n.output_tokens, n.reasoning_tokens, n.cost, n.unpriced_calls,
-		n.estimated_calls, n.would_refuse, n.total_us, n.cache_hits, n.saved, n.saved_us, n.prompt_saved,
-		n.client_retries
+	INSERT INTO main.attribution_sums (project, attribute, at, value, token, model, endpoint, outcome, asked,
+		` + sumColumns + `)
+	SELECT p.seq, n.attribute, n.at, n.value, t.seq, n.model, n.endpoint, n.outcome, n.asked, ` + sumColumns + `
 	FROM now.attribution_sums n JOIN temp.known_projects p ON p.now_seq = n.project
 		JOIN temp.known_tokens t ON t.now_seq = n.token WHERE true
 	ON CONFLICT DO UPDATE SET ` + largerSums
@@ -624,12 +600,8 @@ func (s *store) execAudited(ctx context.Context, origin auditOrigin, event audit
 		if err := s.rebind(ctx, tx); err != nil {
 			return event, err
 		}
-		for _, statement := range statements {
-			if _, err := execCount(ctx, tx, "revoking", statement, origin.at); err != nil {
-				return auditEvent{}, err
-			}
-		}
-		return event, nil
+		_, err := execEach(ctx, tx, "revoking", statements, origin.at)
+		return event, err
 	})
 }
 
@@ -647,14 +619,11 @@ func (s *store) attachedAuditHead(ctx context.Context) string {
 // usedBefore reports whether a database without a key check has rows, and whether it has credentials. Credentials
 // cannot be made without an encryption key, so in that case the key check was removed.
 func (s *store) usedBefore(ctx context.Context) (rows, credentials bool, err error) {
-	err = s.readDB.QueryRowContext(ctx, `
+	err = scanRow(ctx, s.readDB, "looking for rows", []any{&rows, &credentials}, `
 		SELECT EXISTS (SELECT 1 FROM projects), EXISTS (SELECT 1 FROM tokens)
 			OR EXISTS (SELECT 1 FROM management_keys) OR EXISTS (SELECT 1 FROM upstreams)
-			OR EXISTS (SELECT 1 FROM sessions) OR EXISTS (SELECT 1 FROM audit)`).Scan(&rows, &credentials)
-	if err != nil {
-		return false, false, fmt.Errorf("looking for rows: %w", err)
-	}
-	return rows || credentials, credentials, nil
+			OR EXISTS (SELECT 1 FROM sessions) OR EXISTS (SELECT 1 FROM audit)`)
+	return rows || credentials, credentials, err
 }
 
 // dropCacheFrom deletes the cached answers from a new backup, which no program has open: they are large, and nobody
@@ -681,9 +650,8 @@ func (s *store) clearCache(ctx context.Context) error {
 		`SELECT id FROM cache WHERE project > 0 LIMIT 1`); errors.Is(err, errNotFound) {
 		return nil
 	}
-	if _, err := execCount(ctx, s.writeDB, "deleting the cache", `DELETE FROM cache`); err != nil {
+	if err := execute(ctx, s.writeDB, "deleting the cache", `DELETE FROM cache`); err != nil {
 		return err
 	}
-	_, err := execCount(ctx, s.writeDB, "compacting the database", `VACUUM`)
-	return err
+	return execute(ctx, s.writeDB, "compacting the database", `VACUUM`)
 }

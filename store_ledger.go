@@ -103,10 +103,12 @@ const (
 			would_refuse = min(s.would_refuse, 9223372036854775807 - excluded.would_refuse) + excluded.would_refuse,
 			total_us = min(s.total_us, 9223372036854775807 - excluded.total_us) + excluded.total_us`
 
+	// sumColumns are what both tables of sums add up, in the order of usageSum.counters.
+	sumColumns = `calls, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls,
+			estimated_calls, would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries`
 	insertAttributedSum = `
-		INSERT INTO attribution_sums AS s (project, attribute, at, value, token, model, endpoint, outcome, asked, calls,
-			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries)
+		INSERT INTO attribution_sums AS s (project, attribute, at, value, token, model, endpoint, outcome, asked,
+			` + sumColumns + `)
 		VALUES `
 	attributedValues = `(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 	addToAttributed  = `
@@ -377,7 +379,7 @@ func (w *ledgerWriter) close() {
 	})
 }
 
-// exec runs a statement. Values are int64, string, []byte, bool or nil.
+// execute runs a statement. Values are int64, string, []byte, bool or nil.
 func (w *ledgerWriter) exec(ctx context.Context, stmt int, values ...any) error {
 	if w.send != nil {
 		changed, err := w.send(ctx, stmt, values)
@@ -662,8 +664,7 @@ func (s *store) deletePending(ctx context.Context, replica int64) error {
 	if s.backend != nil {
 		return s.backend.deletePending(ctx, replica)
 	}
-	_, err := execCount(ctx, s.writeDB, "deleting pending records", `DELETE FROM begun`)
-	return err
+	return execute(ctx, s.writeDB, "deleting pending records", `DELETE FROM begun`)
 }
 
 // lastRequestID returns the highest id of a call, 0 if there is none.

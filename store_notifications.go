@@ -126,7 +126,7 @@ func (s *store) changeWebhook(ctx context.Context, origin auditOrigin, action, i
 	edit func(*webhookRow) error) (webhookRow, error) {
 	load := func(tx *auditedTx) (webhookRow, error) { return webhookByID(ctx, tx, id) }
 	save := func(tx *auditedTx, old, w *webhookRow) (auditEvent, error) {
-		_, err := execCount(ctx, tx, "changing a webhook", `
+		err := execute(ctx, tx, "changing a webhook", `
 			UPDATE webhooks SET (`+webhookEditable+`) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE seq = ?`,
 			append(w.editable(), w.seq)...)
 		fields := diffAuditFields(old.auditFields(), w.auditFields())
@@ -146,10 +146,10 @@ func (s *store) deleteWebhook(ctx context.Context, origin auditOrigin, id string
 			err = errStale
 		}
 		if err == nil {
-			_, err = execCount(ctx, tx, "deleting deliveries", `DELETE FROM deliveries WHERE webhook = ?`, w.seq)
+			err = execute(ctx, tx, "deleting deliveries", `DELETE FROM deliveries WHERE webhook = ?`, w.seq)
 		}
 		if err == nil {
-			_, err = execCount(ctx, tx, "deleting a webhook", `DELETE FROM webhooks WHERE seq = ?`, w.seq)
+			err = execute(ctx, tx, "deleting a webhook", `DELETE FROM webhooks WHERE seq = ?`, w.seq)
 		}
 		return auditEvent{"webhook.delete", w.id, diffAuditFields(w.auditFields(), nil)}, err
 	})
@@ -437,7 +437,7 @@ func queueNotification(ctx context.Context, tx querier, n *notification, webhook
 			state, problem = deliveryFailed, queueFull
 		}
 		// The webhook may be gone since the list was read.
-		_, err = execCount(ctx, tx, "queueing a delivery", `
+		err = execute(ctx, tx, "queueing a delivery", `
 			INSERT INTO deliveries (id, webhook, notification, state, attempts, next_at, leased_until, give_up_at,
 				status, problem, updated_at)
 			SELECT ?, seq, ?, ?, 0, ?, ?, ?, 0, ?, ? FROM webhooks WHERE seq = ?`,
@@ -472,12 +472,11 @@ func (s *store) claimDelivery(ctx context.Context, w *webhookRow, d *deliveryRow
 
 // saveDelivery records the result of an attempt, if the claim still holds.
 func (s *store) saveDelivery(ctx context.Context, d *deliveryRow) error {
-	_, err := execCount(ctx, s.writeDB, "recording a delivery", `
+	return execute(ctx, s.writeDB, "recording a delivery", `
 		UPDATE deliveries SET state = ?, attempts = ?, next_at = ?, leased_until = 0, status = ?, problem = ?,
 			updated_at = ?
 		WHERE seq = ? AND leased_until = ?`,
 		d.state, d.attempts, d.nextAt, d.status, d.problem, d.updatedAt, d.seq, d.leasedUntil)
-	return err
 }
 
 // listDeliveries returns up to limit deliveries of a webhook below before, the newest first. An empty state lists all.
@@ -496,11 +495,10 @@ func (s *store) deliveryByID(ctx context.Context, webhook int64, id string) (del
 
 // giveUpDeliveries ends the deliveries of a webhook that were not sent in time: it was inactive, or no process ran.
 func (s *store) giveUpDeliveries(ctx context.Context, webhook, now int64) error {
-	_, err := execCount(ctx, s.writeDB, "giving up deliveries", `
+	return execute(ctx, s.writeDB, "giving up deliveries", `
 		UPDATE deliveries SET state = 'failed', updated_at = ?1,
 			problem = CASE problem WHEN '' THEN 'was not sent in time' ELSE problem END
 		WHERE webhook = ?2 AND state = 'pending' AND give_up_at < ?1 AND leased_until <= ?1`, now, webhook)
-	return err
 }
 
 // redeliver queues a delivery again, as if it were new. It returns errNotFound if the delivery is gone.
@@ -578,13 +576,12 @@ func (s *store) pruneNotifications(ctx context.Context, now, before int64, limit
 
 // trimDeliveries deletes the oldest deliveries of a webhook that have ended, up to limit, if there are more than keep.
 func (s *store) trimDeliveries(ctx context.Context, webhook int64, keep, limit int) error {
-	_, err := execCount(ctx, s.writeDB, "deleting old deliveries", `
+	return execute(ctx, s.writeDB, "deleting old deliveries", `
 		DELETE FROM deliveries WHERE seq IN (
 			SELECT seq FROM deliveries WHERE webhook = ?1 AND state <> 'pending'
 				AND seq <= (SELECT coalesce(max(seq), 0) FROM (
 					SELECT seq FROM deliveries WHERE webhook = ?1 ORDER BY seq DESC LIMIT 1 OFFSET ?2) AS kept)
 			ORDER BY seq LIMIT ?3)`, webhook, keep, limit)
-	return err
 }
 
 // A notifiedUntil says up to where events have been looked for.
@@ -614,9 +611,8 @@ func (s *store) setNotifiedUntil(ctx context.Context, n notifiedUntil) error {
 
 // forgetNotified says that there is no webhook, and nothing to look for.
 func (s *store) forgetNotified(ctx context.Context) error {
-	_, err := execCount(ctx, s.writeDB, "forgetting the time of notifications",
+	return execute(ctx, s.writeDB, "forgetting the time of notifications",
 		`DELETE FROM settings WHERE name = 'notified_until'`)
-	return err
 }
 
 // signedInBefore reports whether a management key has signed in from an address in the audit trail before an entry and
@@ -674,7 +670,7 @@ func resealWebhooks(ctx context.Context, tx querier, from, to *sealer) error {
 			}
 			*sealed = to.seal(plain, webhookContext(w.id, part))
 		}
-		if _, err := execCount(ctx, tx, "writing webhook "+w.id, `
+		if err := execute(ctx, tx, "writing webhook "+w.id, `
 			UPDATE webhooks SET sealed_url = ?, sealed_secret = ?, old_secret = ? WHERE seq = ?`,
 			w.sealedURL, w.sealedSecret, w.oldSecret, w.seq); err != nil {
 			return err

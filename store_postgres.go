@@ -261,12 +261,9 @@ func (p *postgres) size(ctx context.Context) (int64, error) {
 
 // vacuum rewrites the tables with sealed values, without the values that were overwritten.
 func (p *postgres) vacuum(ctx context.Context) error {
-	for _, statement := range []string{`VACUUM FULL upstreams`, `VACUUM FULL settings`} {
-		if _, err := execCount(ctx, p.store.writeDB, "removing old values", statement); err != nil {
-			return err
-		}
-	}
-	return nil
+	_, err := execEach(ctx, p.store.writeDB, "removing old values",
+		[]string{`VACUUM FULL upstreams`, `VACUUM FULL settings`})
+	return err
 }
 
 // A postgresConnector opens connections that take the statements of store*.go.

@@ -48,18 +48,14 @@ const (
 		usage_source, input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
 		cost, first_byte_us, total_us, attempts, cache, limit_hit, attempt_log, saved, saved_us,
 		details, price, session, end_user, tags, routed_by, client_retry, idempotency_hash`
-	copiedPending   = `batch, calls`
-	copiedUsageSums = `grain, project, token, at, model, endpoint, outcome, asked, service_tier, calls, input_tokens,
-		cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-		would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries`
+	copiedPending      = `batch, calls`
+	copiedUsageSums    = `grain, project, token, at, model, endpoint, outcome, asked, service_tier, ` + sumColumns
 	copiedProjectHours = `project, at, calls, input_tokens, output_tokens, cost, unpriced_calls, caller_errors,
 		policy_errors, provider_errors, proxy_errors`
 	copiedProjectLatency  = `project, at, bucket, first_bytes, answers`
-	copiedAttributionSums = `project, attribute, at, value, token, model, endpoint, outcome, asked, calls, input_tokens,
-		cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-		would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries`
-	copiedLimitValues = `project, token, rule, value, window_start, window_end, used`
-	copiedBackground  = `call, project, token, upstream, response, endpoint, outcome, model, model_tracked, asked,
+	copiedAttributionSums = `project, attribute, at, value, token, model, endpoint, outcome, asked, ` + sumColumns
+	copiedLimitValues     = `project, token, rule, value, window_start, window_end, used`
+	copiedBackground      = `call, project, token, upstream, response, endpoint, outcome, model, model_tracked, asked,
 		asked_tracked, reserved_input, reserved_output, reserved_cost, usage_source, input_tokens,
 		cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost, details, price`
 	copiedBatches    = `seq, object, call, project, token, endpoint, outcome`
@@ -75,199 +71,172 @@ const (
 	copiedCache = `id, project, token, model, stored_at, expires_at, used_at, size, answer, endpoint`
 )
 
-// managedTables are the tables of what administrators manage.
-func managedTables() []copiedTable {
-	const lowest = int64(math.MinInt64)
-	return []copiedTable{
-		{"settings", []string{"name"}, []any{""}, `SELECT count(*) FROM settings`,
-			`SELECT ` + copiedSettings + ` FROM settings WHERE name > ? ORDER BY name LIMIT ?`,
-			`INSERT INTO settings (` + copiedSettings + `)
-			SELECT ` + copiedSettings + ` FROM json_populate_recordset(NULL::settings, ?)
-			ON CONFLICT DO NOTHING`},
-		{"projects", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM projects`,
-			`SELECT ` + copiedProjects + ` FROM projects WHERE seq > ? ORDER BY seq LIMIT ?`,
-			`INSERT INTO projects (` + copiedProjects + `)
-			SELECT ` + copiedProjects + ` FROM json_populate_recordset(NULL::projects, ?)
-			ON CONFLICT DO NOTHING`},
-		{"upstreams", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM upstreams`,
-			`SELECT ` + copiedUpstreams + ` FROM upstreams WHERE seq > ? ORDER BY seq LIMIT ?`,
-			`INSERT INTO upstreams (` + copiedUpstreams + `)
-			SELECT ` + copiedUpstreams + ` FROM json_populate_recordset(NULL::upstreams, ?)
-			ON CONFLICT DO NOTHING`},
-		{"upstream_shares", []string{"upstream", "project"},
-			[]any{lowest, lowest}, `SELECT count(*) FROM upstream_shares`,
-			`SELECT ` + copiedUpstreamShares + ` FROM upstream_shares
-			WHERE (upstream, project) > (?, ?)
-			ORDER BY upstream, project LIMIT ?`,
-			`INSERT INTO upstream_shares (` + copiedUpstreamShares + `)
-			SELECT ` + copiedUpstreamShares + ` FROM json_populate_recordset(NULL::upstream_shares, ?)
-			ON CONFLICT DO NOTHING`},
-		{"upstream_health", []string{"upstream"}, []any{lowest}, `SELECT count(*) FROM upstream_health`,
-			`SELECT ` + copiedUpstreamHealth + ` FROM upstream_health
-			WHERE upstream > ?
-			ORDER BY upstream LIMIT ?`,
-			`INSERT INTO upstream_health (` + copiedUpstreamHealth + `)
-			SELECT ` + copiedUpstreamHealth + ` FROM json_populate_recordset(NULL::upstream_health, ?)
-			ON CONFLICT DO NOTHING`},
-		{"tokens", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM tokens`,
-			`SELECT ` + copiedTokens + ` FROM tokens WHERE seq > ? ORDER BY seq LIMIT ?`,
-			`INSERT INTO tokens (` + copiedTokens + `)
-			SELECT ` + copiedTokens + ` FROM json_populate_recordset(NULL::tokens, ?)
-			ON CONFLICT DO NOTHING`},
-		{"management_keys", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM management_keys`,
-			`SELECT ` + copiedManagementKeys + ` FROM management_keys
-			WHERE seq > ?
-			ORDER BY seq LIMIT ?`,
-			`INSERT INTO management_keys (` + copiedManagementKeys + `)
-			SELECT ` + copiedManagementKeys + ` FROM json_populate_recordset(NULL::management_keys, ?)
-			ON CONFLICT DO NOTHING`},
-		{"sessions", []string{"hash"}, []any{[]byte{}}, `SELECT count(*) FROM sessions`,
-			`SELECT ` + copiedSessions + ` FROM sessions WHERE hash > ? ORDER BY hash LIMIT ?`,
-			`INSERT INTO sessions (` + copiedSessions + `)
-			SELECT ` + copiedSessions + ` FROM json_populate_recordset(NULL::sessions, ?)
-			ON CONFLICT DO NOTHING`},
-	}
-}
+// lowestKey is below the keys of all rows.
+const lowestKey = int64(math.MinInt64)
 
-// recordTables are the tables of records.
-func recordTables() []copiedTable {
-	const lowest = int64(math.MinInt64)
-	return []copiedTable{
-		{"audit", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM audit`,
-			`SELECT ` + copiedAudit + ` FROM audit WHERE seq > ? ORDER BY seq LIMIT ?`,
-			`INSERT INTO audit (` + copiedAudit + `)
-			SELECT ` + copiedAudit + ` FROM json_populate_recordset(NULL::audit, ?)
-			ON CONFLICT DO NOTHING`},
-		{"prices", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM prices`,
-			`SELECT ` + copiedPrices + ` FROM prices WHERE seq > ? ORDER BY seq LIMIT ?`,
-			`INSERT INTO prices (` + copiedPrices + `)
-			SELECT ` + copiedPrices + ` FROM json_populate_recordset(NULL::prices, ?)
-			ON CONFLICT DO NOTHING`},
-		{"billed_prices", []string{"id"}, []any{lowest}, `SELECT count(*) FROM billed_prices`,
-			`SELECT ` + copiedBilledPrices + ` FROM billed_prices WHERE id > ? ORDER BY id LIMIT ?`,
-			`INSERT INTO billed_prices (` + copiedBilledPrices + `)
-			SELECT ` + copiedBilledPrices + ` FROM json_populate_recordset(NULL::billed_prices, ?)
-			ON CONFLICT DO NOTHING`},
-		{"requests", []string{"id"}, []any{lowest}, `SELECT count(*) FROM requests`,
-			`SELECT ` + copiedRequests + ` FROM requests WHERE id > ? ORDER BY id LIMIT ?`,
-			`INSERT INTO requests (` + copiedRequests + `)
-			SELECT ` + copiedRequests + ` FROM json_populate_recordset(NULL::requests, ?)
-			ON CONFLICT DO NOTHING`},
-		{"begun", []string{"batch"}, []any{lowest}, `SELECT count(*) FROM begun`,
-			`SELECT ` + copiedPending + ` FROM begun WHERE batch > ? ORDER BY batch LIMIT ?`,
-			`INSERT INTO begun (` + copiedPending + `)
-			SELECT ` + copiedPending + ` FROM json_populate_recordset(NULL::begun, ?)
-			ON CONFLICT DO NOTHING`},
-	}
-}
-
-// sumTables are the tables of sums.
-func sumTables() []copiedTable {
-	const lowest = int64(math.MinInt64)
-	return []copiedTable{
-		{"usage_sums", []string{"grain", "project", "token", "at", "model", "endpoint",
-			"outcome", "asked", "service_tier"},
-			[]any{"", lowest, lowest, lowest, "", "", "", "", ""}, `SELECT count(*) FROM usage_sums`,
-			`SELECT ` + copiedUsageSums + ` FROM usage_sums
-			WHERE (grain, project, token, at, model, endpoint, outcome, asked, service_tier)
-				> (?, ?, ?, ?, ?, ?, ?, ?, ?)
-			ORDER BY grain, project, token, at, model, endpoint, outcome, asked, service_tier LIMIT ?`,
-			`INSERT INTO usage_sums (` + copiedUsageSums + `)
-			SELECT ` + copiedUsageSums + ` FROM json_populate_recordset(NULL::usage_sums, ?)
-			ON CONFLICT DO NOTHING`},
-		{"project_hours", []string{"project", "at"},
-			[]any{lowest, lowest}, `SELECT count(*) FROM project_hours`,
-			`SELECT ` + copiedProjectHours + ` FROM project_hours
-			WHERE (project, at) > (?, ?)
-			ORDER BY project, at LIMIT ?`,
-			`INSERT INTO project_hours (` + copiedProjectHours + `)
-			SELECT ` + copiedProjectHours + ` FROM json_populate_recordset(NULL::project_hours, ?)
-			ON CONFLICT DO NOTHING`},
-		{"project_latency", []string{"project", "at", "bucket"},
-			[]any{lowest, lowest, lowest}, `SELECT count(*) FROM project_latency`,
-			`SELECT ` + copiedProjectLatency + ` FROM project_latency
-			WHERE (project, at, bucket) > (?, ?, ?)
-			ORDER BY project, at, bucket LIMIT ?`,
-			`INSERT INTO project_latency (` + copiedProjectLatency + `)
-			SELECT ` + copiedProjectLatency + ` FROM json_populate_recordset(NULL::project_latency, ?)
-			ON CONFLICT DO NOTHING`},
-		{"attribution_sums", []string{"project", "attribute", "at", "value", "token", "model", "endpoint",
-			"outcome", "asked"},
-			[]any{lowest, "", lowest, "", lowest, "", "", "", ""}, `SELECT count(*) FROM attribution_sums`,
-			`SELECT ` + copiedAttributionSums + ` FROM attribution_sums
-			WHERE (project, attribute, at, value, token, model, endpoint, outcome, asked) > (?, ?, ?, ?, ?, ?, ?, ?, ?)
-			ORDER BY project, attribute, at, value, token, model, endpoint, outcome, asked LIMIT ?`,
-			`INSERT INTO attribution_sums (` + copiedAttributionSums + `)
-			SELECT ` + copiedAttributionSums + ` FROM json_populate_recordset(NULL::attribution_sums, ?)
-			ON CONFLICT DO NOTHING`},
-		{"limit_values", []string{"project", "token", "rule", "value", "window_start"},
-			[]any{lowest, lowest, "", "", lowest}, `SELECT count(*) FROM limit_values`,
-			`SELECT ` + copiedLimitValues + ` FROM limit_values
-			WHERE (project, token, rule, value, window_start) > (?, ?, ?, ?, ?)
-			ORDER BY project, token, rule, value, window_start LIMIT ?`,
-			`INSERT INTO limit_values (` + copiedLimitValues + `)
-			SELECT ` + copiedLimitValues + ` FROM json_populate_recordset(NULL::limit_values, ?)
-			ON CONFLICT DO NOTHING`},
-		{"background", []string{"call"}, []any{lowest}, `SELECT count(*) FROM background`,
-			`SELECT ` + copiedBackground + ` FROM background WHERE call > ? ORDER BY call LIMIT ?`,
-			`INSERT INTO background (` + copiedBackground + `)
-			SELECT ` + copiedBackground + ` FROM json_populate_recordset(NULL::background, ?)
-			ON CONFLICT DO NOTHING`},
-	}
-}
-
-// webhookTables are the tables of notifications.
-func webhookTables() []copiedTable {
-	const lowest = int64(math.MinInt64)
-	return []copiedTable{
-		{"webhooks", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM webhooks`,
-			`SELECT ` + copiedWebhooks + ` FROM webhooks WHERE seq > ? ORDER BY seq LIMIT ?`,
-			`INSERT INTO webhooks (` + copiedWebhooks + `)
-			SELECT ` + copiedWebhooks + ` FROM json_populate_recordset(NULL::webhooks, ?)
-			ON CONFLICT DO NOTHING`},
-		{"notifications", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM notifications`,
-			`SELECT ` + copiedNotifications + ` FROM notifications WHERE seq > ? ORDER BY seq LIMIT ?`,
-			`INSERT INTO notifications (` + copiedNotifications + `)
-			SELECT ` + copiedNotifications + ` FROM json_populate_recordset(NULL::notifications, ?)
-			ON CONFLICT DO NOTHING`},
-		{"notification_marks", []string{"key"}, []any{""}, `SELECT count(*) FROM notification_marks`,
-			`SELECT ` + copiedMarks + ` FROM notification_marks WHERE key > ? ORDER BY key LIMIT ?`,
-			`INSERT INTO notification_marks (` + copiedMarks + `)
-			SELECT ` + copiedMarks + ` FROM json_populate_recordset(NULL::notification_marks, ?)
-			ON CONFLICT DO NOTHING`},
-		{"deliveries", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM deliveries`,
-			`SELECT ` + copiedDeliveries + ` FROM deliveries WHERE seq > ? ORDER BY seq LIMIT ?`,
-			`INSERT INTO deliveries (` + copiedDeliveries + `)
-			SELECT ` + copiedDeliveries + ` FROM json_populate_recordset(NULL::deliveries, ?)
-			ON CONFLICT DO NOTHING`},
-	}
-}
-
-// contentTables are the other tables.
-func contentTables() []copiedTable {
-	const lowest = int64(math.MinInt64)
-	return []copiedTable{
-		{"batches", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM batches`,
-			`SELECT ` + copiedBatches + ` FROM batches WHERE seq > ? ORDER BY seq LIMIT ?`,
-			`INSERT INTO batches (` + copiedBatches + `)
-			SELECT ` + copiedBatches + ` FROM json_populate_recordset(NULL::batches, ?)
-			ON CONFLICT DO NOTHING`},
-		{"batch_usage", []string{"seq"}, []any{lowest}, `SELECT count(*) FROM batch_usage`,
-			`SELECT ` + copiedBatchUsage + ` FROM batch_usage WHERE seq > ? ORDER BY seq LIMIT ?`,
-			`INSERT INTO batch_usage (` + copiedBatchUsage + `)
-			SELECT ` + copiedBatchUsage + ` FROM json_populate_recordset(NULL::batch_usage, ?)
-			ON CONFLICT DO NOTHING`},
-		{"contents", []string{"id"}, []any{lowest}, `SELECT count(*) FROM contents`,
-			`SELECT ` + copiedContents + ` FROM contents WHERE id > ? ORDER BY id LIMIT ?`,
-			`INSERT INTO contents (` + copiedContents + `)
-			SELECT ` + copiedContents + ` FROM json_populate_recordset(NULL::contents, ?)
-			ON CONFLICT DO NOTHING`},
-		{"cache", []string{"id"}, []any{lowest}, `SELECT count(*) FROM cache`,
-			`SELECT ` + copiedCache + ` FROM cache WHERE id > ? ORDER BY id LIMIT ?`,
-			`INSERT INTO cache (` + copiedCache + `)
-			SELECT ` + copiedCache + ` FROM json_populate_recordset(NULL::cache, ?)
-			ON CONFLICT DO NOTHING`},
-	}
+// copiedTables are all tables, in the order in which they are copied: what administrators manage, records, sums,
+// notifications, and the rest. They never change.
+var copiedTables = []copiedTable{
+	{"settings", []string{"name"}, []any{""}, `SELECT count(*) FROM settings`,
+		`SELECT ` + copiedSettings + ` FROM settings WHERE name > ? ORDER BY name LIMIT ?`,
+		`INSERT INTO settings (` + copiedSettings + `)
+		SELECT ` + copiedSettings + ` FROM json_populate_recordset(NULL::settings, ?)
+		ON CONFLICT DO NOTHING`},
+	{"projects", []string{"seq"}, []any{lowestKey}, `SELECT count(*) FROM projects`,
+		`SELECT ` + copiedProjects + ` FROM projects WHERE seq > ? ORDER BY seq LIMIT ?`,
+		`INSERT INTO projects (` + copiedProjects + `)
+		SELECT ` + copiedProjects + ` FROM json_populate_recordset(NULL::projects, ?)
+		ON CONFLICT DO NOTHING`},
+	{"upstreams", []string{"seq"}, []any{lowestKey}, `SELECT count(*) FROM upstreams`,
+		`SELECT ` + copiedUpstreams + ` FROM upstreams WHERE seq > ? ORDER BY seq LIMIT ?`,
+		`INSERT INTO upstreams (` + copiedUpstreams + `)
+		SELECT ` + copiedUpstreams + ` FROM json_populate_recordset(NULL::upstreams, ?)
+		ON CONFLICT DO NOTHING`},
+	{"upstream_shares", []string{"upstream", "project"},
+		[]any{lowestKey, lowestKey}, `SELECT count(*) FROM upstream_shares`,
+		`SELECT ` + copiedUpstreamShares + ` FROM upstream_shares
+		WHERE (upstream, project) > (?, ?)
+		ORDER BY upstream, project LIMIT ?`,
+		`INSERT INTO upstream_shares (` + copiedUpstreamShares + `)
+		SELECT ` + copiedUpstreamShares + ` FROM json_populate_recordset(NULL::upstream_shares, ?)
+		ON CONFLICT DO NOTHING`},
+	{"upstream_health", []string{"upstream"}, []any{lowestKey}, `SELECT count(*) FROM upstream_health`,
+		`SELECT ` + copiedUpstreamHealth + ` FROM upstream_health
+		WHERE upstream > ?
+		ORDER BY upstream LIMIT ?`,
+		`INSERT INTO upstream_health (` + copiedUpstreamHealth + `)
+		SELECT ` + copiedUpstreamHealth + ` FROM json_populate_recordset(NULL::upstream_health, ?)
+		ON CONFLICT DO NOTHING`},
+	{"tokens", []string{"seq"}, []any{lowestKey}, `SELECT count(*) FROM tokens`,
+		`SELECT ` + copiedTokens + ` FROM tokens WHERE seq > ? ORDER BY seq LIMIT ?`,
+		`INSERT INTO tokens (` + copiedTokens + `)
+		SELECT ` + copiedTokens + ` FROM json_populate_recordset(NULL::tokens, ?)
+		ON CONFLICT DO NOTHING`},
+	{"management_keys", []string{"seq"}, []any{lowestKey}, `SELECT count(*) FROM management_keys`,
+		`SELECT ` + copiedManagementKeys + ` FROM management_keys
+		WHERE seq > ?
+		ORDER BY seq LIMIT ?`,
+		`INSERT INTO management_keys (` + copiedManagementKeys + `)
+		SELECT ` + copiedManagementKeys + ` FROM json_populate_recordset(NULL::management_keys, ?)
+		ON CONFLICT DO NOTHING`},
+	{"sessions", []string{"hash"}, []any{[]byte{}}, `SELECT count(*) FROM sessions`,
+		`SELECT ` + copiedSessions + ` FROM sessions WHERE hash > ? ORDER BY hash LIMIT ?`,
+		`INSERT INTO sessions (` + copiedSessions + `)
+		SELECT ` + copiedSessions + ` FROM json_populate_recordset(NULL::sessions, ?)
+		ON CONFLICT DO NOTHING`},
+	{"audit", []string{"seq"}, []any{lowestKey}, `SELECT count(*) FROM audit`,
+		`SELECT ` + copiedAudit + ` FROM audit WHERE seq > ? ORDER BY seq LIMIT ?`,
+		`INSERT INTO audit (` + copiedAudit + `)
+		SELECT ` + copiedAudit + ` FROM json_populate_recordset(NULL::audit, ?)
+		ON CONFLICT DO NOTHING`},
+	{"prices", []string{"seq"}, []any{lowestKey}, `SELECT count(*) FROM prices`,
+		`SELECT ` + copiedPrices + ` FROM prices WHERE seq > ? ORDER BY seq LIMIT ?`,
+		`INSERT INTO prices (` + copiedPrices + `)
+		SELECT ` + copiedPrices + ` FROM json_populate_recordset(NULL::prices, ?)
+		ON CONFLICT DO NOTHING`},
+	{"billed_prices", []string{"id"}, []any{lowestKey}, `SELECT count(*) FROM billed_prices`,
+		`SELECT ` + copiedBilledPrices + ` FROM billed_prices WHERE id > ? ORDER BY id LIMIT ?`,
+		`INSERT INTO billed_prices (` + copiedBilledPrices + `)
+		SELECT ` + copiedBilledPrices + ` FROM json_populate_recordset(NULL::billed_prices, ?)
+		ON CONFLICT DO NOTHING`},
+	{"requests", []string{"id"}, []any{lowestKey}, `SELECT count(*) FROM requests`,
+		`SELECT ` + copiedRequests + ` FROM requests WHERE id > ? ORDER BY id LIMIT ?`,
+		`INSERT INTO requests (` + copiedRequests + `)
+		SELECT ` + copiedRequests + ` FROM json_populate_recordset(NULL::requests, ?)
+		ON CONFLICT DO NOTHING`},
+	{"begun", []string{"batch"}, []any{lowestKey}, `SELECT count(*) FROM begun`,
+		`SELECT ` + copiedPending + ` FROM begun WHERE batch > ? ORDER BY batch LIMIT ?`,
+		`INSERT INTO begun (` + copiedPending + `)
+		SELECT ` + copiedPending + ` FROM json_populate_recordset(NULL::begun, ?)
+		ON CONFLICT DO NOTHING`},
+	{"usage_sums", []string{"grain", "project", "token", "at", "model", "endpoint",
+		"outcome", "asked", "service_tier"},
+		[]any{"", lowestKey, lowestKey, lowestKey, "", "", "", "", ""}, `SELECT count(*) FROM usage_sums`,
+		`SELECT ` + copiedUsageSums + ` FROM usage_sums
+		WHERE (grain, project, token, at, model, endpoint, outcome, asked, service_tier)
+			> (?, ?, ?, ?, ?, ?, ?, ?, ?)
+		ORDER BY grain, project, token, at, model, endpoint, outcome, asked, service_tier LIMIT ?`,
+		`INSERT INTO usage_sums (` + copiedUsageSums + `)
+		SELECT ` + copiedUsageSums + ` FROM json_populate_recordset(NULL::usage_sums, ?)
+		ON CONFLICT DO NOTHING`},
+	{"project_hours", []string{"project", "at"},
+		[]any{lowestKey, lowestKey}, `SELECT count(*) FROM project_hours`,
+		`SELECT ` + copiedProjectHours + ` FROM project_hours
+		WHERE (project, at) > (?, ?)
+		ORDER BY project, at LIMIT ?`,
+		`INSERT INTO project_hours (` + copiedProjectHours + `)
+		SELECT ` + copiedProjectHours + ` FROM json_populate_recordset(NULL::project_hours, ?)
+		ON CONFLICT DO NOTHING`},
+	{"project_latency", []string{"project", "at", "bucket"},
+		[]any{lowestKey, lowestKey, lowestKey}, `SELECT count(*) FROM project_latency`,
+		`SELECT ` + copiedProjectLatency + ` FROM project_latency
+		WHERE (project, at, bucket) > (?, ?, ?)
+		ORDER BY project, at, bucket LIMIT ?`,
+		`INSERT INTO project_latency (` + copiedProjectLatency + `)
+		SELECT ` + copiedProjectLatency + ` FROM json_populate_recordset(NULL::project_latency, ?)
+		ON CONFLICT DO NOTHING`},
+	{"attribution_sums", []string{"project", "attribute", "at", "value", "token", "model", "endpoint",
+		"outcome", "asked"},
+		[]any{lowestKey, "", lowestKey, "", lowestKey, "", "", "", ""}, `SELECT count(*) FROM attribution_sums`,
+		`SELECT ` + copiedAttributionSums + ` FROM attribution_sums
+		WHERE (project, attribute, at, value, token, model, endpoint, outcome, asked) > (?, ?, ?, ?, ?, ?, ?, ?, ?)
+		ORDER BY project, attribute, at, value, token, model, endpoint, outcome, asked LIMIT ?`,
+		`INSERT INTO attribution_sums (` + copiedAttributionSums + `)
+		SELECT ` + copiedAttributionSums + ` FROM json_populate_recordset(NULL::attribution_sums, ?)
+		ON CONFLICT DO NOTHING`},
+	{"limit_values", []string{"project", "token", "rule", "value", "window_start"},
+		[]any{lowestKey, lowestKey, "", "", lowestKey}, `SELECT count(*) FROM limit_values`,
+		`SELECT ` + copiedLimitValues + ` FROM limit_values
+		WHERE (project, token, rule, value, window_start) > (?, ?, ?, ?, ?)
+		ORDER BY project, token, rule, value, window_start LIMIT ?`,
+		`INSERT INTO limit_values (` + copiedLimitValues + `)
+		SELECT ` + copiedLimitValues + ` FROM json_populate_recordset(NULL::limit_values, ?)
+		ON CONFLICT DO NOTHING`},
+	{"background", []string{"call"}, []any{lowestKey}, `SELECT count(*) FROM background`,
+		`SELECT ` + copiedBackground + ` FROM background WHERE call > ? ORDER BY call LIMIT ?`,
+		`INSERT INTO background (` + copiedBackground + `)
+		SELECT ` + copiedBackground + ` FROM json_populate_recordset(NULL::background, ?)
+		ON CONFLICT DO NOTHING`},
+	{"webhooks", []string{"seq"}, []any{lowestKey}, `SELECT count(*) FROM webhooks`,
+		`SELECT ` + copiedWebhooks + ` FROM webhooks WHERE seq > ? ORDER BY seq LIMIT ?`,
+		`INSERT INTO webhooks (` + copiedWebhooks + `)
+		SELECT ` + copiedWebhooks + ` FROM json_populate_recordset(NULL::webhooks, ?)
+		ON CONFLICT DO NOTHING`},
+	{"notifications", []string{"seq"}, []any{lowestKey}, `SELECT count(*) FROM notifications`,
+		`SELECT ` + copiedNotifications + ` FROM notifications WHERE seq > ? ORDER BY seq LIMIT ?`,
+		`INSERT INTO notifications (` + copiedNotifications + `)
+		SELECT ` + copiedNotifications + ` FROM json_populate_recordset(NULL::notifications, ?)
+		ON CONFLICT DO NOTHING`},
+	{"notification_marks", []string{"key"}, []any{""}, `SELECT count(*) FROM notification_marks`,
+		`SELECT ` + copiedMarks + ` FROM notification_marks WHERE key > ? ORDER BY key LIMIT ?`,
+		`INSERT INTO notification_marks (` + copiedMarks + `)
+		SELECT ` + copiedMarks + ` FROM json_populate_recordset(NULL::notification_marks, ?)
+		ON CONFLICT DO NOTHING`},
+	{"deliveries", []string{"seq"}, []any{lowestKey}, `SELECT count(*) FROM deliveries`,
+		`SELECT ` + copiedDeliveries + ` FROM deliveries WHERE seq > ? ORDER BY seq LIMIT ?`,
+		`INSERT INTO deliveries (` + copiedDeliveries + `)
+		SELECT ` + copiedDeliveries + ` FROM json_populate_recordset(NULL::deliveries, ?)
+		ON CONFLICT DO NOTHING`},
+	{"batches", []string{"seq"}, []any{lowestKey}, `SELECT count(*) FROM batches`,
+		`SELECT ` + copiedBatches + ` FROM batches WHERE seq > ? ORDER BY seq LIMIT ?`,
+		`INSERT INTO batches (` + copiedBatches + `)
+		SELECT ` + copiedBatches + ` FROM json_populate_recordset(NULL::batches, ?)
+		ON CONFLICT DO NOTHING`},
+	{"batch_usage", []string{"seq"}, []any{lowestKey}, `SELECT count(*) FROM batch_usage`,
+		`SELECT ` + copiedBatchUsage + ` FROM batch_usage WHERE seq > ? ORDER BY seq LIMIT ?`,
+		`INSERT INTO batch_usage (` + copiedBatchUsage + `)
+		SELECT ` + copiedBatchUsage + ` FROM json_populate_recordset(NULL::batch_usage, ?)
+		ON CONFLICT DO NOTHING`},
+	{"contents", []string{"id"}, []any{lowestKey}, `SELECT count(*) FROM contents`,
+		`SELECT ` + copiedContents + ` FROM contents WHERE id > ? ORDER BY id LIMIT ?`,
+		`INSERT INTO contents (` + copiedContents + `)
+		SELECT ` + copiedContents + ` FROM json_populate_recordset(NULL::contents, ?)
+		ON CONFLICT DO NOTHING`},
+	{"cache", []string{"id"}, []any{lowestKey}, `SELECT count(*) FROM cache`,
+		`SELECT ` + copiedCache + ` FROM cache WHERE id > ? ORDER BY id LIMIT ?`,
+		`INSERT INTO cache (` + copiedCache + `)
+		SELECT ` + copiedCache + ` FROM json_populate_recordset(NULL::cache, ?)
+		ON CONFLICT DO NOTHING`},
 }
 
 const (
@@ -282,9 +251,8 @@ func copyToPostgres(ctx context.Context, source, target *store, report func(tabl
 	if err := beginCopy(ctx, source, target); err != nil {
 		return err
 	}
-	tables := slices.Concat(managedTables(), recordTables(), sumTables(), webhookTables(), contentTables())
-	for i := range tables {
-		t := &tables[i]
+	for i := range copiedTables {
+		t := &copiedTables[i]
 		for more := true; more; {
 			var err error
 			if more, err = copyPage(ctx, source, target, t); err != nil {
@@ -307,7 +275,7 @@ func copyToPostgres(ctx context.Context, source, target *store, report func(tabl
 		}
 		report(t.name, to)
 	}
-	_, err := target.writeDB.ExecContext(ctx, `
+	return execute(ctx, target.writeDB, "setting the next numbers of rows", `
 		SELECT setval(pg_get_serial_sequence('projects', 'seq'),
 				(SELECT coalesce(max(seq), 0) + 1 FROM projects), false),
 			setval(pg_get_serial_sequence('upstreams', 'seq'),
@@ -324,17 +292,12 @@ func copyToPostgres(ctx context.Context, source, target *store, report func(tabl
 			setval(pg_get_serial_sequence('batches', 'seq'), (SELECT coalesce(max(seq), 0) + 1 FROM batches), false),
 			setval(pg_get_serial_sequence('batch_usage', 'seq'),
 				(SELECT coalesce(max(seq), 0) + 1 FROM batch_usage), false)`)
-	if err != nil {
-		return fmt.Errorf("setting the next numbers of rows: %w", err)
-	}
-	return nil
 }
 
 // endCopy makes the target a database that a server may open.
 func endCopy(ctx context.Context, target *store) error {
-	_, err := execCount(ctx, target.writeDB, "ending the copy",
+	return execute(ctx, target.writeDB, "ending the copy",
 		`DELETE FROM settings WHERE name = ? OR name LIKE 'copied %'`, copySourceSetting)
-	return err
 }
 
 // beginCopy notes the source in the target, unless the target has other data.
@@ -385,7 +348,7 @@ func copyPage(ctx context.Context, source, target *store, t *copiedTable) (more 
 		return false, fmt.Errorf("storing the position: %w", err)
 	}
 	return n == copyPageSize, target.withTx(ctx, func(tx *sql.Tx) error {
-		if _, err := execCount(ctx, tx, "writing rows", t.write, page); err != nil {
+		if err := execute(ctx, tx, "writing rows", t.write, page); err != nil {
 			return err
 		}
 		return saveSetting(ctx, tx, copyPositionPrefix+t.name, string(next))

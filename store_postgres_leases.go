@@ -60,10 +60,9 @@ func (l *postgresLeases) exchange(ctx context.Context, items []leaseItem) ([]lea
 // giveBack ends the leases of this replica, which has reported everything that it has used.
 func (l *postgresLeases) giveBack(ctx context.Context) error {
 	return l.store.withTx(ctx, func(tx *sql.Tx) error {
-		_, err := execCount(ctx, tx, "returning leases", `
+		return execute(ctx, tx, "returning leases", `
 			SELECT lease_end(l.account, l.replica, l.spent)
 			FROM (SELECT * FROM limit_leases WHERE replica = ? ORDER BY account) l`, l.replica)
-		return err
 	})
 }
 
@@ -76,7 +75,7 @@ func (l *postgresLeases) giveBack(ctx context.Context) error {
 // has what calls have used that ended after the report, or never.
 func (l *postgresLeases) settleDead(ctx context.Context, replica int64) error {
 	return l.store.withTx(ctx, func(tx *sql.Tx) error {
-		_, err := execCount(ctx, tx, "settling the leases of a replica", `
+		return execute(ctx, tx, "settling the leases of a replica", `
 			SELECT lease_end(f.account, f.replica, f.final) FROM (
 				SELECT l.account, l.replica, CASE
 					WHEN a.kind <> 0 THEN 0
@@ -88,7 +87,6 @@ func (l *postgresLeases) settleDead(ctx context.Context, replica int64) error {
 					JOIN replicas p ON p.id = l.replica AND p.closed_at IS NOT NULL
 				WHERE l.replica = ? AND NOT EXISTS (SELECT 1 FROM begun b WHERE b.replica = l.replica)
 				ORDER BY l.account) f`, replica)
-		return err
 	})
 }
 
@@ -97,11 +95,10 @@ func (l *postgresLeases) deleteAccounts(ctx context.Context, accounts []string) 
 	return l.store.withTx(ctx, func(tx *sql.Tx) error {
 		slices.Sort(accounts) // as lease_sync locks them
 		for _, account := range accounts {
-			for _, statement := range []string{`DELETE FROM limit_accounts WHERE account = ?`,
-				`DELETE FROM limit_leases WHERE account = ?`} {
-				if _, err := execCount(ctx, tx, "deleting an account", statement, account); err != nil {
-					return err
-				}
+			if _, err := execEach(ctx, tx, "deleting an account", []string{
+				`DELETE FROM limit_accounts WHERE account = ?`, `DELETE FROM limit_leases WHERE account = ?`,
+			}, account); err != nil {
+				return err
 			}
 		}
 		return nil
@@ -116,19 +113,16 @@ func (l *postgresLeases) keepRules(ctx context.Context, project, token int64, ru
 	}
 	return l.store.withTx(ctx, func(tx *sql.Tx) error {
 		// The second statement sees the leases that were made while the first one waited for their accounts.
-		for _, statement := range []string{`SELECT account FROM limit_accounts
+		_, err := execEach(ctx, tx, "deleting the accounts of removed limits", []string{
+			`SELECT account FROM limit_accounts
 				WHERE project = ? AND token = ? AND rule NOT IN (SELECT jsonb_array_elements_text(?::jsonb))
 				ORDER BY account FOR UPDATE`,
 			`WITH old AS (DELETE FROM limit_accounts
 					WHERE project = ? AND token = ? AND rule NOT IN (SELECT jsonb_array_elements_text(?::jsonb))
 					RETURNING account)
-				DELETE FROM limit_leases l USING old WHERE l.account = old.account`} {
-			if _, err := execCount(ctx, tx, "deleting the accounts of removed limits", statement, project, token,
-				string(text)); err != nil {
-				return err
-			}
-		}
-		return nil
+				DELETE FROM limit_leases l USING old WHERE l.account = old.account`},
+			project, token, string(text))
+		return err
 	})
 }
 
@@ -136,7 +130,7 @@ func (l *postgresLeases) keepRules(ctx context.Context, project, token int64, ru
 func (l *postgresLeases) addLate(ctx context.Context, tx *sql.Tx, uses []lateLeaseUse) error {
 	slices.SortFunc(uses, func(a, b lateLeaseUse) int { return cmp.Compare(a.Account, b.Account) }) // as lease_sync
 	for _, u := range uses {
-		_, err := execCount(ctx, tx, "adding late usage", `
+		err := execute(ctx, tx, "adding late usage", `
 			UPDATE limit_accounts SET
 				base = CASE WHEN kind <> 0 THEN base
 					ELSE greatest(0, least(base::numeric + ?2::bigint, 1000000000000000000))::bigint END,

@@ -253,7 +253,7 @@ func (l *postgresLedger) inTx(ctx context.Context, rows []*requestRow, mark outb
 	if l.recovery {
 		return l.tx.Commit()
 	}
-	if _, err := execCount(ctx, l.tx, "numbering a transaction", `
+	if err := execute(ctx, l.tx, "numbering a transaction", `
 		UPDATE ledger_commits SET seq = ?1::bigint, recorded = greatest(recorded, ?2::bigint),
 			outbox = CASE WHEN ?2::bigint > 0 THEN ?3::text ELSE outbox END
 		WHERE replica = ?4`, l.seq, int64(mark.number), mark.id, l.replica); err != nil {
@@ -446,8 +446,7 @@ func (p *postgres) pendingRecords(ctx context.Context, replica int64, limit int)
 // deletePending is store.deletePending.
 func (p *postgres) deletePending(ctx context.Context, replica int64) error {
 	return p.store.withTx(ctx, func(tx *sql.Tx) error {
-		_, err := execCount(ctx, tx, "deleting pending records", `DELETE FROM begun WHERE replica = ?`, replica)
-		return err
+		return execute(ctx, tx, "deleting pending records", `DELETE FROM begun WHERE replica = ?`, replica)
 	})
 }
 
@@ -467,29 +466,26 @@ func (p *postgres) lastRequestID(ctx context.Context, slot, from int64) (int64, 
 // does not depend on how many replicas there were. The columns are in the order of the tables.
 
 const (
-	mergedUsage = `
-		INSERT INTO usage_sums AS s (grain, project, token, at, model, endpoint, outcome, asked, service_tier, calls,
-			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries)
-		SELECT grain, project, token, at, model, endpoint, outcome, asked, service_tier, saturate(sum(calls)),
-			saturate(sum(input_tokens)), saturate(sum(cached_tokens)), saturate(sum(output_tokens)),
-			saturate(sum(reasoning_tokens)), saturate(sum(cost)), saturate(sum(unpriced_calls)),
-			saturate(sum(estimated_calls)), saturate(sum(would_refuse)), saturate(sum(total_us)),
-			saturate(sum(cache_hits)), saturate(sum(saved)), saturate(sum(saved_us)), saturate(sum(prompt_saved)),
-			saturate(sum(client_retries))
-		FROM old GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9
+	// sumTotals adds up the sumColumns of rows that agree in all other columns but the slot.
+	sumTotals = `saturate(sum(calls)), saturate(sum(input_tokens)), saturate(sum(cached_tokens)),
+			saturate(sum(output_tokens)), saturate(sum(reasoning_tokens)), saturate(sum(cost)),
+			saturate(sum(unpriced_calls)), saturate(sum(estimated_calls)), saturate(sum(would_refuse)),
+			saturate(sum(total_us)), saturate(sum(cache_hits)), saturate(sum(saved)), saturate(sum(saved_us)),
+			saturate(sum(prompt_saved)), saturate(sum(client_retries))
+		FROM old GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9`
+
+	mergedUsage = `WITH old AS (DELETE FROM usage_sums WHERE ctid = ANY (ARRAY(SELECT ctid FROM usage_sums
+			WHERE slot > 0 AND grain = ? AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)
+		INSERT INTO usage_sums AS s (grain, project, token, at, model, endpoint, outcome, asked, service_tier,
+			` + sumColumns + `)
+		SELECT grain, project, token, at, model, endpoint, outcome, asked, service_tier, ` + sumTotals + `
 		ON CONFLICT (slot, grain, project, token, at, model, endpoint, outcome, asked, service_tier) DO UPDATE SET `
-	mergedAttributed = `
-		INSERT INTO attribution_sums AS s (project, attribute, at, value, token, model, endpoint, outcome, asked, calls,
-			input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost, unpriced_calls, estimated_calls,
-			would_refuse, total_us, cache_hits, saved, saved_us, prompt_saved, client_retries)
-		SELECT project, attribute, at, value, token, model, endpoint, outcome, asked, saturate(sum(calls)),
-			saturate(sum(input_tokens)), saturate(sum(cached_tokens)), saturate(sum(output_tokens)),
-			saturate(sum(reasoning_tokens)), saturate(sum(cost)), saturate(sum(unpriced_calls)),
-			saturate(sum(estimated_calls)), saturate(sum(would_refuse)), saturate(sum(total_us)),
-			saturate(sum(cache_hits)), saturate(sum(saved)), saturate(sum(saved_us)), saturate(sum(prompt_saved)),
-			saturate(sum(client_retries))
-		FROM old GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9
+	mergedAttributed = `WITH old AS (DELETE FROM attribution_sums
+			WHERE ctid = ANY (ARRAY(SELECT ctid FROM attribution_sums
+				WHERE slot > 0 AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)
+		INSERT INTO attribution_sums AS s (project, attribute, at, value, token, model, endpoint, outcome, asked,
+			` + sumColumns + `)
+		SELECT project, attribute, at, value, token, model, endpoint, outcome, asked, ` + sumTotals + `
 		ON CONFLICT (slot, project, attribute, at, value, token, model, endpoint, outcome, asked) DO UPDATE SET `
 	// mergeSums adds to the sums that both tables have.
 	mergeSums = `calls = saturate(s.calls::numeric + excluded.calls),
@@ -507,7 +503,8 @@ const (
 			saved_us = saturate(s.saved_us::numeric + excluded.saved_us),
 			prompt_saved = saturate(s.prompt_saved::numeric + excluded.prompt_saved),
 			client_retries = saturate(s.client_retries::numeric + excluded.client_retries)`
-	mergedHours = `
+	mergedHours = `WITH old AS (DELETE FROM project_hours WHERE ctid = ANY (ARRAY(SELECT ctid FROM project_hours
+			WHERE slot > 0 AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)
 		INSERT INTO project_hours AS s (project, at, calls, input_tokens, output_tokens, cost, unpriced_calls,
 			caller_errors, policy_errors, provider_errors, proxy_errors)
 		SELECT project, at, saturate(sum(calls)), saturate(sum(input_tokens)), saturate(sum(output_tokens)),
@@ -523,7 +520,8 @@ const (
 			policy_errors = saturate(s.policy_errors::numeric + excluded.policy_errors),
 			provider_errors = saturate(s.provider_errors::numeric + excluded.provider_errors),
 			proxy_errors = saturate(s.proxy_errors::numeric + excluded.proxy_errors)`
-	mergedLatency = `
+	mergedLatency = `WITH old AS (DELETE FROM project_latency WHERE ctid = ANY (ARRAY(SELECT ctid FROM project_latency
+			WHERE slot > 0 AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)
 		INSERT INTO project_latency AS s (project, at, bucket, first_bytes, answers)
 		SELECT project, at, bucket, saturate(sum(first_bytes)), saturate(sum(answers)) FROM old GROUP BY 1, 2, 3
 		ON CONFLICT (slot, project, at, bucket) DO UPDATE SET
@@ -540,30 +538,19 @@ func (p *postgres) mergeSlots(ctx context.Context, now int64, limit int) (merged
 		query string
 		args  []any
 	}{
-		{`WITH old AS (DELETE FROM usage_sums WHERE ctid = ANY (ARRAY(SELECT ctid FROM usage_sums
-				WHERE slot > 0 AND grain = ? AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)` +
-			mergedUsage + mergeSums, []any{"hour", hour, limit}},
-		{`WITH old AS (DELETE FROM usage_sums WHERE ctid = ANY (ARRAY(SELECT ctid FROM usage_sums
-				WHERE slot > 0 AND grain = ? AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)` +
-			mergedUsage + mergeSums, []any{"day", day, limit}},
-		{`WITH old AS (DELETE FROM usage_sums WHERE ctid = ANY (ARRAY(SELECT ctid FROM usage_sums
-				WHERE slot > 0 AND grain = ? AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)` +
-			mergedUsage + mergeSums, []any{"token", day, limit}},
-		{`WITH old AS (DELETE FROM attribution_sums WHERE ctid = ANY (ARRAY(SELECT ctid FROM attribution_sums
-				WHERE slot > 0 AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)` +
-			mergedAttributed + mergeSums, []any{hour, limit}},
-		{`WITH old AS (DELETE FROM project_hours WHERE ctid = ANY (ARRAY(SELECT ctid FROM project_hours
-				WHERE slot > 0 AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)` +
-			mergedHours, []any{hour, limit}},
-		{`WITH old AS (DELETE FROM project_latency WHERE ctid = ANY (ARRAY(SELECT ctid FROM project_latency
-				WHERE slot > 0 AND at < ? LIMIT ? FOR UPDATE SKIP LOCKED)) RETURNING *)` +
-			mergedLatency, []any{hour, limit}},
+		{mergedUsage + mergeSums, []any{"hour", hour, limit}},
+		{mergedUsage + mergeSums, []any{"day", day, limit}},
+		{mergedUsage + mergeSums, []any{"token", day, limit}},
+		{mergedAttributed + mergeSums, []any{hour, limit}},
+		{mergedHours, []any{hour, limit}},
+		{mergedLatency, []any{hour, limit}},
 	} {
 		err = p.store.withTx(ctx, func(tx *sql.Tx) error {
-			if _, err := tx.ExecContext(ctx, `SET LOCAL lock_timeout = '50ms'`); err != nil {
-				return fmt.Errorf("adding up sums of replicas: %w", err)
+			const doing = "adding up sums of replicas"
+			if err := execute(ctx, tx, doing, `SET LOCAL lock_timeout = '50ms'`); err != nil {
+				return err
 			}
-			n, err := execCount(ctx, tx, "adding up sums of replicas", m.query, m.args...)
+			n, err := execCount(ctx, tx, doing, m.query, m.args...)
 			merged += n
 			return err
 		})

@@ -142,7 +142,7 @@ func (p *postgres) register(ctx context.Context) error {
 	}
 	defer tx.Rollback() // without effect after Commit
 	now := time.Now().UnixMilli()
-	if _, err := execCount(ctx, tx, "closing other replicas", `
+	if err := execute(ctx, tx, "closing other replicas", `
 		UPDATE replicas SET epoch = epoch + 1, closed_at = ?1::bigint
 		WHERE closed_at IS NULL AND (NOT ?2::boolean OR nonce = ?3::text AND nonce <> '')`,
 		now, p.config.replicated, p.config.previousNonce); err != nil {
@@ -158,26 +158,22 @@ func (p *postgres) register(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("adding a replica: %w", err)
 	}
-	for _, statement := range []string{
+	if _, err := execEach(ctx, tx, "adding a replica", []string{
 		`INSERT INTO ledger_commits (replica, seq) VALUES (?, 0)`,
 		`INSERT INTO replica_beats (replica, beat, at)
 			VALUES (?, 0, (extract(epoch FROM clock_timestamp()) * 1000)::bigint)`,
-	} {
-		if _, err := execCount(ctx, tx, "adding a replica", statement, p.replica); err != nil {
-			return err
-		}
+	}, p.replica); err != nil {
+		return err
 	}
-	for _, statement := range []string{
+	if _, err := execEach(ctx, tx, "deleting old replicas", []string{
 		`DELETE FROM replica_beats b USING replicas r WHERE r.id = b.replica AND r.recovered_at < ?`,
 		`DELETE FROM lease_exchanges e USING replicas r WHERE r.id = e.replica AND r.recovered_at < ?`,
 		`DELETE FROM replicas r WHERE r.recovered_at < ?`,
-	} {
-		if _, err := execCount(ctx, tx, "deleting old replicas", statement, now-dayMS); err != nil {
-			return err
-		}
+	}, now-dayMS); err != nil {
+		return err
 	}
 	// A machine may be off for long before it is started with the file of rows that its last process has left.
-	if _, err := execCount(ctx, tx, "deleting old commits", `
+	if err := execute(ctx, tx, "deleting old commits", `
 		DELETE FROM ledger_commits c WHERE replica < ?
 			AND NOT EXISTS (SELECT 1 FROM replicas r WHERE r.id = c.replica)`, p.replica-keptCommits); err != nil {
 		return err
@@ -199,12 +195,11 @@ func (p *postgres) leave() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), postgresConnectTimeout)
 	defer cancel()
-	_, err := execCount(ctx, p.store.writeDB, "leaving the replicas", `
+	return execute(ctx, p.store.writeDB, "leaving the replicas", `
 		UPDATE replicas SET epoch = epoch + 1, closed_at = ?1::bigint,
 			recovered_at = CASE WHEN EXISTS (SELECT 1 FROM begun WHERE replica = ?2)
 				OR EXISTS (SELECT 1 FROM limit_leases WHERE replica = ?2) THEN NULL ELSE ?1 END
 		WHERE id = ?2 AND epoch = ?3 AND closed_at IS NULL`, time.Now().UnixMilli(), p.replica, p.epoch)
-	return err
 }
 
 // requireOpenReplica is true if this process may write. It keeps others from closing the replica before the
@@ -331,7 +326,7 @@ func (c *cluster) closeReplica(ctx context.Context, id, beat int64) (closed bool
 		return err
 	})
 	if err == nil && closed {
-		_, err = execCount(ctx, c.db.store.writeDB, "ending the session of a closed replica", `
+		err = execute(ctx, c.db.store.writeDB, "ending the session of a closed replica", `
 			SELECT pg_terminate_backend(l.pid) FROM pg_locks l
 				JOIN replica_beats b ON l.pid = CAST(b.info::jsonb ->> 'session' AS integer)
 			WHERE b.replica = ? AND l.locktype = 'advisory' AND l.classid::bigint = ?`, id,
@@ -383,7 +378,7 @@ func (c *cluster) awaitRecovery(ctx context.Context) error {
 // closedReplicas returns those that can write nothing any more, but have left calls or their slot. 0 is a database that
 // was copied into this one.
 func (p *postgres) closedReplicas(ctx context.Context) ([]int64, error) {
-	return collect(ctx, p.store.readDB, "looking for closed replicas", func(id *int64) []any { return []any{id} }, `
+	return collect(ctx, p.store.readDB, "looking for closed replicas", single[int64], `
 		SELECT id FROM replicas WHERE closed_at IS NOT NULL AND recovered_at IS NULL
 		UNION
 		SELECT DISTINCT replica FROM begun WHERE replica NOT IN (SELECT id FROM replicas WHERE closed_at IS NULL)
@@ -393,10 +388,9 @@ func (p *postgres) closedReplicas(ctx context.Context) ([]int64, error) {
 // freeSlot ends the recovery of a replica.
 func (p *postgres) freeSlot(ctx context.Context, id int64) error {
 	return p.store.withTx(ctx, func(tx *sql.Tx) error {
-		_, err := execCount(ctx, tx, "freeing a slot", `
+		return execute(ctx, tx, "freeing a slot", `
 			UPDATE replicas SET recovered_at = ?1::bigint WHERE id = ?2 AND closed_at IS NOT NULL`,
 			time.Now().UnixMilli(), id)
-		return err
 	})
 }
 
@@ -419,7 +413,7 @@ func (c *cluster) ask(ctx context.Context, question, argument string, wait time.
 		return nil, nil, err
 	}
 	id := fmt.Sprintf("%d-%d", c.db.replica, c.questions.Add(1))
-	if _, err := execCount(ctx, c.db.store.writeDB, "asking the other replicas", `SELECT pg_notify(?, ?)`,
+	if err := execute(ctx, c.db.store.writeDB, "asking the other replicas", `SELECT pg_notify(?, ?)`,
 		c.db.channel(), fmt.Sprintf("question %s %d %s %s", id, c.db.replica, question, argument)); err != nil {
 		return nil, nil, err
 	}
@@ -441,7 +435,7 @@ func (c *cluster) ask(ctx context.Context, question, argument string, wait time.
 			answers = append(answers, r.answer)
 			delete(beats, r.replica)
 		}
-		_, err = execCount(ctx, c.db.store.writeDB, "deleting answers",
+		err = execute(ctx, c.db.store.writeDB, "deleting answers",
 			`DELETE FROM replica_answers WHERE question = ? OR at < ?`, id, c.limitNow()-time.Minute.Milliseconds())
 		return answers, slices.Sorted(maps.Keys(beats)), err
 	}
@@ -449,8 +443,7 @@ func (c *cluster) ask(ctx context.Context, question, argument string, wait time.
 
 // storeAnswer answers the question with this id.
 func (c *cluster) storeAnswer(ctx context.Context, id, answer string) error {
-	_, err := execCount(ctx, c.db.store.writeDB, "answering another replica", `
+	return execute(ctx, c.db.store.writeDB, "answering another replica", `
 		INSERT INTO replica_answers (question, replica, at, answer) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING`,
 		id, c.db.replica, c.limitNow(), answer)
-	return err
 }

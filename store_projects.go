@@ -418,8 +418,7 @@ func (u *upstreamRow) save(ctx context.Context, tx *auditedTx, now int64) error 
 
 // sharedProjects returns the seqs of the projects that an upstream is shared with.
 func (s *store) sharedProjects(ctx context.Context, upstream int64) ([]int64, error) {
-	return collect(ctx, s.readDB, "reading with whom an upstream is shared",
-		func(seq *int64) []any { return []any{seq} },
+	return collect(ctx, s.readDB, "reading with whom an upstream is shared", single[int64],
 		`SELECT project FROM upstream_shares WHERE upstream = ?`, upstream)
 }
 

@@ -175,9 +175,7 @@ func (q *usageQuery) statement(addUp bool) (text, grain string) {
 		return `SELECT at, '', '', '', '', calls, input_tokens, 0, output_tokens, 0, cost, unpriced_calls, 0, 0, 0,
 			0, 0, 0, 0, 0` + fromHours, grain
 	case !addUp:
-		return `SELECT at, model, endpoint, outcome, service_tier, calls, input_tokens, cached_tokens, output_tokens,
-			reasoning_tokens, cost, unpriced_calls, estimated_calls, would_refuse, total_us,
-			cache_hits, saved, saved_us, prompt_saved, client_retries` + from, grain
+		return `SELECT at, model, endpoint, outcome, service_tier, ` + sumColumns + from, grain
 	case byLabels && byTime:
 		return `SELECT at, model, endpoint, outcome, service_tier, ` + sums +
 			`GROUP BY at, model, endpoint, outcome, service_tier`, grain
@@ -219,9 +217,8 @@ func (q *usageQuery) sumRange(st *sql.Stmt, grain string, scope *usageScope, r t
 		var at int64
 		var labels usageLabels
 		var v usageSum
-		if err := rows.Scan(&at, &labels.model, &labels.endpoint, &labels.outcome, &labels.serviceTier, &v.calls,
-			&v.input, &v.cached, &v.output, &v.reasoning, &v.cost, &v.unpriced, &v.estimated, &v.wouldRefuse,
-			&v.totalUS, &v.hits, &v.saved, &v.savedUS, &v.promptSaved, &v.clientRetries); err != nil {
+		into := []any{&at, &labels.model, &labels.endpoint, &labels.outcome, &labels.serviceTier}
+		if err := rows.Scan(append(into, v.columns()...)...); err != nil {
 			return err
 		}
 		k := base
@@ -482,6 +479,10 @@ type pastUsage struct {
 	inputTokens, outputTokens int64
 }
 
+func (u *pastUsage) columns() []any {
+	return []any{&u.endpoint, &u.requestedModel, &u.calls, &u.inputTokens, &u.outputTokens, &u.nanosUSD}
+}
+
 // usageSince adds up what calls that began at from or later have used, of a token or, with token 0, of a
 // whole project. from is the start of an hour (grain "hour") or of a day. Refused calls do not count: they
 // used nothing.
@@ -493,9 +494,8 @@ func usageSince(ctx context.Context, db querier, grain string, project, token, f
 	const rows = ` FROM usage_sums
 		WHERE grain = ? AND project = ? AND token = ? AND at >= ? AND outcome <> 'refused'`
 	read := func(query string) ([]pastUsage, error) {
-		return collect(ctx, db, "reading what a limit has used", func(u *pastUsage) []any {
-			return []any{&u.endpoint, &u.requestedModel, &u.calls, &u.inputTokens, &u.outputTokens, &u.nanosUSD}
-		}, query, grain, project, token, from)
+		return collect(ctx, db, "reading what a limit has used", (*pastUsage).columns, query, grain, project, token,
+			from)
 	}
 	out, err := read(`SELECT endpoint, asked, sum(calls), sum(input_tokens), sum(output_tokens), sum(cost)` + rows +
 		` GROUP BY endpoint, asked`)
@@ -575,7 +575,7 @@ func (s *store) deleteOldSums(ctx context.Context, before int64, limit int) (int
 	}
 	return int64(len(tokens)), s.withTx(ctx, func(tx *sql.Tx) error {
 		for _, k := range tokens {
-			_, err := execCount(ctx, tx, "deleting old sums", `
+			err := execute(ctx, tx, "deleting old sums", `
 				DELETE FROM usage_sums WHERE grain = 'hour' AND project = ? AND token = ? AND at < ?`,
 				k.project, k.token, before)
 			if err != nil {
@@ -589,20 +589,14 @@ func (s *store) deleteOldSums(ctx context.Context, before int64, limit int) (int
 // deleteOldHours deletes the hours and latencies of up to limit projects from before a time, and returns how
 // many rows it deleted.
 func (s *store) deleteOldHours(ctx context.Context, before int64, limit int) (deleted int64, err error) {
-	for _, query := range [...]string{`
+	return execEach(ctx, s.writeDB, "deleting old hours", []string{`
 		DELETE FROM project_latency WHERE at < ?1 AND project IN (
 			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
 			WHERE EXISTS (SELECT 1 FROM project_latency l WHERE l.project = p.seq AND l.at < ?1) LIMIT ?2)`, `
 		DELETE FROM project_hours WHERE at < ?1 AND project IN (
 			SELECT seq FROM (SELECT 0 AS seq UNION ALL SELECT seq FROM projects) p
-			WHERE EXISTS (SELECT 1 FROM project_hours h WHERE h.project = p.seq AND h.at < ?1) LIMIT ?2)`} {
-		n, err := execCount(ctx, s.writeDB, "deleting old hours", query, before, limit)
-		if err != nil {
-			return deleted, err
-		}
-		deleted += n
-	}
-	return deleted, nil
+			WHERE EXISTS (SELECT 1 FROM project_hours h WHERE h.project = p.seq AND h.at < ?1) LIMIT ?2)`},
+		before, limit)
 }
 
 // parseGroupBy reads by what the sums are grouped.

@@ -211,11 +211,10 @@ const (
 // addBatch remembers a batch, or a file with results, and the call that made it: 0 if that is not known. The first one
 // counts.
 func (s *store) addBatch(ctx context.Context, object string, maker *requestRow) error {
-	_, err := execCount(ctx, s.writeDB, "remembering a batch", `
+	return execute(ctx, s.writeDB, "remembering a batch", `
 		INSERT INTO batches (object, call, project, token, endpoint, outcome) VALUES (?, ?, ?, ?, ?, ?)
 		ON CONFLICT DO NOTHING`,
 		object, maker.usageOf, maker.project, maker.token, maker.endpoint, string(maker.outcome))
-	return err
 }
 
 // batchMaker returns, as the usage of a call, the call that made a batch or a file with results. usageOf is 0 if that
@@ -295,18 +294,12 @@ const maxKnownBatches = 100_000
 // deleteOldBatches forgets the oldest batches and what was counted of them, up to limit of each, where there are more
 // than keep.
 func (s *store) deleteOldBatches(ctx context.Context, keep int64, limit int) (deleted int64, err error) {
-	for _, query := range [...]string{`
+	return execEach(ctx, s.writeDB, "forgetting old batches", []string{`
 		DELETE FROM batches WHERE seq IN (
 			SELECT seq FROM batches WHERE seq <= (SELECT max(seq) FROM batches) - ?1 ORDER BY seq LIMIT ?2)`, `
 		DELETE FROM batch_usage WHERE seq IN (
-			SELECT seq FROM batch_usage WHERE seq <= (SELECT max(seq) FROM batch_usage) - ?1 ORDER BY seq LIMIT ?2)`} {
-		n, err := execCount(ctx, s.writeDB, "forgetting old batches", query, keep, limit)
-		if err != nil {
-			return deleted, err
-		}
-		deleted += n
-	}
-	return deleted, nil
+			SELECT seq FROM batch_usage WHERE seq <= (SELECT max(seq) FROM batch_usage) - ?1 ORDER BY seq LIMIT ?2)`},
+		keep, limit)
 }
 
 // A cacheRow is a cached answer as stored.
@@ -388,7 +381,7 @@ func (s *store) touchCached(ctx context.Context, uses map[int64]int64) error {
 
 // cachedIDs returns up to limit ids of cached answers, and the bytes of all of them.
 func (s *store) cachedIDs(ctx context.Context, limit int) (ids []int64, bytes int64, err error) {
-	ids, err = collect(ctx, s.readDB, "reading which answers are cached", func(id *int64) []any { return []any{id} },
+	ids, err = collect(ctx, s.readDB, "reading which answers are cached", single[int64],
 		`SELECT id FROM cache WHERE project > 0 LIMIT ?`, limit)
 	if err != nil {
 		return nil, 0, err
@@ -403,10 +396,8 @@ func (s *store) cacheSize(ctx context.Context, project int64) (entries, bytes in
 	if project == 0 {
 		query = `SELECT count(*), coalesce(sum(size), 0) FROM cache WHERE project > ?`
 	}
-	if err = s.readDB.QueryRowContext(ctx, query, project).Scan(&entries, &bytes); err != nil {
-		return 0, 0, fmt.Errorf("reading the size of the cache: %w", err)
-	}
-	return entries, bytes, nil
+	err = scanRow(ctx, s.readDB, "reading the size of the cache", []any{&entries, &bytes}, query, project)
+	return entries, bytes, err
 }
 
 // deleteCached deletes answers, and returns the ids of those that were there, and their bytes.

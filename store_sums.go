@@ -422,32 +422,33 @@ func (s *usageSum) add(r *requestRow) {
 	}
 }
 
+// counters returns the counters in the order of the columns of usage_sums.
+func (s *usageSum) counters() [15]*int64 {
+	return [...]*int64{&s.calls, &s.input, &s.cached, &s.output, &s.reasoning, &s.cost, &s.unpriced, &s.estimated,
+		&s.wouldRefuse, &s.totalUS, &s.hits, &s.saved, &s.savedUS, &s.promptSaved, &s.clientRetries}
+}
+
+// columns returns the counters for a row of a query.
+func (s *usageSum) columns() []any {
+	out := make([]any, 0, 15)
+	for _, c := range s.counters() {
+		out = append(out, c)
+	}
+	return out
+}
+
 func (s *usageSum) merge(o usageSum) {
-	s.calls = addSat(s.calls, o.calls)
-	s.input = addSat(s.input, o.input)
-	s.cached = addSat(s.cached, o.cached)
-	s.output = addSat(s.output, o.output)
-	s.reasoning = addSat(s.reasoning, o.reasoning)
-	s.cost = addSat(s.cost, o.cost)
-	s.unpriced = addSat(s.unpriced, o.unpriced)
-	s.estimated = addSat(s.estimated, o.estimated)
-	s.wouldRefuse = addSat(s.wouldRefuse, o.wouldRefuse)
-	s.totalUS = addSat(s.totalUS, o.totalUS)
-	s.hits = addSat(s.hits, o.hits)
-	s.saved = addSat(s.saved, o.saved)
-	s.savedUS = addSat(s.savedUS, o.savedUS)
-	s.promptSaved = addSat(s.promptSaved, o.promptSaved)
-	s.clientRetries = addSat(s.clientRetries, o.clientRetries)
+	parts := o.counters()
+	for i, c := range s.counters() {
+		*c = addSat(*c, *parts[i])
+	}
 }
 
 // subtract takes away a part of the sum. No count becomes negative.
 func (s *usageSum) subtract(o usageSum) {
-	for _, c := range [...]struct{ whole, part *int64 }{{&s.calls, &o.calls}, {&s.input, &o.input},
-		{&s.cached, &o.cached}, {&s.output, &o.output}, {&s.reasoning, &o.reasoning}, {&s.cost, &o.cost},
-		{&s.unpriced, &o.unpriced}, {&s.estimated, &o.estimated}, {&s.totalUS, &o.totalUS},
-		{&s.wouldRefuse, &o.wouldRefuse}, {&s.hits, &o.hits}, {&s.saved, &o.saved}, {&s.savedUS, &o.savedUS},
-		{&s.promptSaved, &o.promptSaved}, {&s.clientRetries, &o.clientRetries}} {
-		*c.whole = max(*c.whole-*c.part, 0)
+	parts := o.counters()
+	for i, c := range s.counters() {
+		*c = max(*c-*parts[i], 0)
 	}
 }
 

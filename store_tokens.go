@@ -9,7 +9,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"fmt"
 )
 
 // A tokenRow is a token as stored. Pointers are nil where the column is NULL.
@@ -321,11 +320,11 @@ const maxSessions = 50
 func (s *store) addSession(ctx context.Context, origin auditOrigin, row *sessionRow,
 	createdBefore int64, replacedHash []byte) error {
 	return s.withAuditedTx(ctx, origin, func(tx *auditedTx) (auditEvent, error) {
-		if _, err := execCount(ctx, tx, "ending old sessions", `
+		if err := execute(ctx, tx, "ending old sessions", `
 			DELETE FROM sessions WHERE created_at < ? OR hash = ?`, createdBefore, replacedHash); err != nil {
 			return auditEvent{}, err
 		}
-		_, err := execCount(ctx, tx, "ending the key's oldest sessions", `
+		err := execute(ctx, tx, "ending the key's oldest sessions", `
 			DELETE FROM sessions WHERE hash IN (
 				SELECT hash FROM sessions WHERE key = ? ORDER BY created_at DESC
 				LIMIT 9223372036854775807 OFFSET ?)`,
@@ -359,13 +358,10 @@ func (s *store) endKeySessions(ctx context.Context, origin auditOrigin, key stri
 
 // policyTexts returns the policies of a project and a token, {} for one that does not exist.
 func (s *store) policyTexts(ctx context.Context, project, token int64) (texts [2]string, err error) {
-	err = s.readDB.QueryRowContext(ctx, `
+	err = scanRow(ctx, s.readDB, "reading policies", []any{&texts[0], &texts[1]}, `
 		SELECT coalesce((SELECT policy FROM projects WHERE seq = ?), '{}'),
-			coalesce((SELECT policy FROM tokens WHERE seq = ?), '{}')`, project, token).Scan(&texts[0], &texts[1])
-	if err != nil {
-		return texts, fmt.Errorf("reading policies: %w", err)
-	}
-	return texts, nil
+			coalesce((SELECT policy FROM tokens WHERE seq = ?), '{}')`, project, token)
+	return texts, err
 }
 
 // reservedSince returns what was reserved for background responses whose usage is not known, of calls with an id of
@@ -375,10 +371,9 @@ func (s *store) reservedSince(ctx context.Context, project, token, from int64) (
 }
 
 func reservedSince(ctx context.Context, db querier, project, token, from int64) ([]pastUsage, error) {
-	return collect(ctx, db, "reading what background responses have reserved", func(u *pastUsage) []any {
-		return []any{&u.endpoint, &u.requestedModel, &u.inputTokens, &u.outputTokens, &u.nanosUSD}
-	}, `
-		SELECT endpoint, CASE WHEN asked_tracked THEN asked ELSE ? END, reserved_input, reserved_output, reserved_cost
+	return collect(ctx, db, "reading what background responses have reserved", (*pastUsage).columns, `
+		SELECT endpoint, CASE WHEN asked_tracked THEN asked ELSE ? END, 0, reserved_input, reserved_output,
+			reserved_cost
 		FROM background WHERE usage_source = '' AND project = ? AND CAST(? AS BIGINT) IN (0, token) AND call >= ?`,
 		otherModels, project, token, from)
 }
