@@ -297,9 +297,8 @@ func (s *store) deleteProject(ctx context.Context, origin auditOrigin, id string
 // firstUnrevokedToken returns the seq of a project's first token that is not revoked, or a seq above those of all its
 // tokens. The tokens with a lower seq are revoked for good; the result never decreases.
 func (s *store) firstUnrevokedToken(ctx context.Context, project int64) (int64, error) {
-	// +seq: an index of the tokens that are not revoked is read, and not all revoked ones before the first.
 	return queryValue[int64](ctx, s.readDB, "looking for a project's first valid token", `
-		SELECT coalesce((SELECT min(+seq) FROM tokens WHERE project = ?1 AND revoked_at IS NULL),
+		SELECT coalesce((SELECT seq FROM tokens WHERE project = ?1 AND revoked_at IS NULL ORDER BY seq LIMIT 1),
 			(SELECT max(seq) + 1 FROM tokens WHERE project = ?1), 0)`, project)
 }
 
