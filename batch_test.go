@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // openAIResults are the results of a batch at OpenAI: chat, a response, embeddings, and what costs nothing.
@@ -212,6 +213,48 @@ func TestBatchResults(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestBatchResultsWhileBusy: the usage of results counts, in the sums and in limits, however long the database takes to
+// record it.
+func TestBatchResultsWhileBusy(t *testing.T) {
+	t.Parallel()
+	requireSQLite(t, "it locks the file of the database")
+	p, b := newBatchTest(t, "openai", openAIResults)
+	p.setPragma(`PRAGMA busy_timeout = 20000`)
+	maker, token := p.newToken(`"name":"maker","policy":{"limits":[{"count":"tokens","max":99999,"per":"day"}]}`)
+	p.batchCall(token, "POST", "/v1/batches", newBatchBody)
+	p.waitSettled()
+	p.batchCall(token, "GET", "/v1/batches/batch_1", "")
+	p.waitSettled()
+	asked, locked := make(chan struct{}), make(chan struct{})
+	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		close(asked)
+		<-locked
+		return b.script(c, r)
+	})
+	var reader sync.WaitGroup
+	reader.Go(func() {
+		if res := p.batchCall(p.token, "GET", "/v1/files/file-out/content", ""); res.body != openAIResults {
+			t.Errorf("got %d %q", res.status, res.body)
+		}
+	})
+	<-asked
+	if err := p.instance.ledger.flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	unlock, queued := p.lockDatabase(), p.instance.ledger.queuedSoFar()
+	close(locked)
+	waitFor(t, "the end of the call", func() bool { return p.instance.ledger.queuedSoFar() > queued })
+	ended := time.Now()
+	waitFor(t, "a slow database", func() bool { return time.Since(ended) > limitLoadTimeout*5/4 })
+	unlock()
+	reader.Wait()
+	p.checkBatch(maker, openAIInput, openAIOutput, openAICost)
+	var l struct{ Limits []struct{ Used float64 } }
+	if p.manage("GET", "/manage/tokens/"+maker, "", 200, &l); l.Limits[0].Used != openAIInput+openAIOutput {
+		t.Errorf("the maker's limit has used %v", l.Limits)
 	}
 }
 

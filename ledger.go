@@ -231,6 +231,16 @@ func (l *ledger) awaitIfHealthy(ctx context.Context, count uint64) error {
 	return l.awaitCommitted(ctx, count)
 }
 
+// awaitWhileHealthy is awaitIfHealthy for waits that may take as long as ctx allows, while the ledger can be written.
+func (l *ledger) awaitWhileHealthy(ctx context.Context, count uint64) error {
+	for {
+		err := l.awaitIfHealthy(ctx, count)
+		if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
 // close writes what is queued and ends the writer. It gives up when ctx is over; keepRows then keeps what is left.
 func (l *ledger) close(ctx context.Context) error {
 	err := l.flush(ctx)

@@ -17,6 +17,9 @@ import (
 // limitLoadTimeout is how long the calls of a project may wait until the past use of a new limit is read.
 const limitLoadTimeout = 2 * time.Second
 
+// lateUsageTimeout is how long the end of an answer may wait until the usage of another call that it tells is recorded.
+const lateUsageTimeout = 10 * time.Second
+
 // A limitState is the access to the limits of tokens and projects, live or not.
 type limitState struct {
 	store    *store
@@ -211,10 +214,10 @@ func (ls *limitState) settleResponse(shown *shownResponse) (row requestRow, err 
 	}
 	ls.lateUse.RLock()
 	defer ls.lateUse.RUnlock()
-	ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), lateUsageTimeout)
 	defer cancel()
 	// The call that made it may have ended a moment ago.
-	if err = ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar()); err != nil {
+	if err = ls.ledger.awaitWhileHealthy(ctx, ls.ledger.queuedSoFar()); err != nil {
 		return row, err
 	}
 	row, err = ls.store.pendingUsage(ctx, shown.project, shown.upstream, shown.id)
@@ -229,7 +232,7 @@ func (ls *limitState) settleResponse(shown *shownResponse) (row requestRow, err 
 		row.countReserved()
 	}
 	row.details = shown.meter.details
-	return row, ls.recordResponse(&row, shown.prices, shown.vendor, shown.meter.model)
+	return row, ls.recordResponse(ctx, &row, shown.prices, shown.vendor, shown.meter.model)
 }
 
 // maxResponseAge is how long the usage of a background response may stay unknown. Then it counts what was reserved.
@@ -254,7 +257,7 @@ func (ls *limitState) expireSomeResponses(ctx context.Context, before int64, pri
 	rows, err := ls.store.expiredUsage(ctx, before, 20)
 	for i := range rows {
 		rows[i].countReserved()
-		err = errors.Join(err, ls.recordResponse(&rows[i], prices, "", rows[i].model))
+		err = errors.Join(err, ls.recordResponse(ctx, &rows[i], prices, "", rows[i].model))
 	}
 	return len(rows), err
 }
@@ -267,7 +270,8 @@ func (ls *limitState) awaitLateUse() {
 
 // recordResponse records the usage of a background response, by the price of the model that answered, or of another
 // name that the call had for it.
-func (ls *limitState) recordResponse(row *requestRow, prices *priceTable, vendor, model string) error {
+func (ls *limitState) recordResponse(ctx context.Context, row *requestRow, prices *priceTable, vendor, model string,
+) error {
 	if row.source != usageNone {
 		if p := ls.registry.liveProject(row.project); p != nil {
 			state := p.state.Load()
@@ -282,7 +286,7 @@ func (ls *limitState) recordResponse(row *requestRow, prices *priceTable, vendor
 		}
 		prices.priceRow(row, vendor, model, row.model, row.requestedModel)
 	}
-	return ls.recordUsage(row)
+	return ls.recordUsage(ctx, row)
 }
 
 // A batchAnswer is an answer that shows batches, or has the results of one.
@@ -388,7 +392,7 @@ func (ls *limitState) recordBatches(answer *batchAnswer) error {
 	if answer.tooLarge || json.Unmarshal(answer.shown, &list) != nil {
 		return nil // it shows none, or the provider's answer was cut
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), lateUsageTimeout)
 	defer cancel()
 	if answer.isNew && list.ID != "" && len(list.ID) <= maxObjectID {
 		return ls.store.addBatch(ctx, batchName(answer.host, list.ID), &answer.call)
@@ -428,7 +432,7 @@ func (ls *limitState) recordResults(answer *batchAnswer) (counted []requestRow, 
 	}
 	ls.lateUse.RLock()
 	defer ls.lateUse.RUnlock()
-	ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), lateUsageTimeout)
 	defer cancel()
 	owner, err := ls.store.batchMaker(ctx, answer.object)
 	if errors.Is(err, errNotFound) {
@@ -493,7 +497,7 @@ func (ls *limitState) recordModelResults(ctx context.Context, answer *batchAnswe
 			row.modelTracked = t.trackModel(read.model)
 			row.requestedModelTracked = row.modelTracked
 		}
-		if err := ls.recordUsage(&row); err != nil || row.counted {
+		if err := ls.recordUsage(ctx, &row); err != nil || row.counted {
 			return row, err
 		}
 	}
@@ -502,9 +506,7 @@ func (ls *limitState) recordModelResults(ctx context.Context, answer *batchAnswe
 
 // recordUsage records the usage of a call that has become known after its end, and counts it in the limits of the
 // token that made the call and of its project. The limiter is locked meanwhile, so that no new counter finds it twice.
-func (ls *limitState) recordUsage(r *requestRow) error {
-	ctx, cancel := context.WithTimeout(context.Background(), limitLoadTimeout)
-	defer cancel()
+func (ls *limitState) recordUsage(ctx context.Context, r *requestRow) error {
 	policies := storedPolicies{store: ls.store}
 	if err := policies.countUses(ctx, r); err != nil {
 		return err
@@ -512,7 +514,7 @@ func (ls *limitState) recordUsage(r *requestRow) error {
 	p := ls.registry.liveProject(r.project)
 	if p == nil || ls.leases != nil {
 		ls.ledger.recordUsage(r, ls.lateUses(r, policies.known[[2]int64{r.project, r.token}]))
-		err := ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar())
+		err := ls.ledger.awaitWhileHealthy(ctx, ls.ledger.queuedSoFar())
 		if err == nil && p != nil && r.counted {
 			ls.forgetRefusals(p, r.token)
 		}
@@ -521,7 +523,7 @@ func (ls *limitState) recordUsage(r *requestRow) error {
 	p.limiter.mu.Lock()
 	defer p.limiter.mu.Unlock()
 	ls.ledger.recordUsage(r, nil)
-	if err := ls.ledger.awaitIfHealthy(ctx, ls.ledger.queuedSoFar()); err != nil || !r.counted {
+	if err := ls.ledger.awaitWhileHealthy(ctx, ls.ledger.queuedSoFar()); err != nil || !r.counted {
 		return err
 	}
 	now := ls.now(time.Now())
