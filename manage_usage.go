@@ -50,7 +50,7 @@ func (rc *runningCalls) admittedCalls(now time.Time) []streamView {
 		}
 		out = append(out, streamView{
 			ID:           info.requestID,
-			StartedAt:    timestamp(c.start.UnixMilli()),
+			StartedAt:    timestamp(c.id >> idTimeShift), // as the ledger's row has it: ids are in this order
 			AgeMS:        now.Sub(c.start).Milliseconds(),
 			ProjectID:    info.project.id,
 			ProjectName:  info.project.name,

@@ -405,6 +405,7 @@ func TestStreamsAreListed(t *testing.T) {
 		}
 		return endStream(c)
 	})
+	p.instance.proxy.ids.next(time.Now().Add(time.Second)) // as if another call had got its id a moment before these
 	var all sync.WaitGroup
 	for range 5 {
 		all.Go(func() { p.sendChat(context.Background(), p.token, `"max_tokens":10`) })
@@ -422,6 +423,15 @@ func TestStreamsAreListed(t *testing.T) {
 	})
 	p.checkListedStreams(project, ids[0])
 	p.checkStreamPages(6)
+	list, _ := p.streams("")
+	for _, v := range list {
+		var row struct {
+			StartedAt time.Time `json:"started_at"`
+		}
+		if p.manage("GET", "/manage/requests/"+v.ID, "", 200, &row); !row.StartedAt.Equal(v.StartedAt) {
+			t.Errorf("%s started at %v, but by its row at %v", v.ID, v.StartedAt, row.StartedAt)
+		}
+	}
 	for _, query := range []string{"?limit=0", "?limit=x", "?after=x", "?token=x", "?project_id=a&project_id=b"} {
 		if res := p.manageAs(p.adminKey, "GET", "/manage/streams"+query, ""); res.status != 400 {
 			t.Errorf("%s: got %d %s", query, res.status, res.body)
@@ -790,6 +800,10 @@ func (p *testProxy) runConcurrently(n int, call func(i int) (status int)) (hits 
 	var in, out atomic.Int64
 	open := make(chan struct{})
 	p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+		if c.waitClosed(time.Millisecond) { // an earlier call, which the provider reads only now
+			return false
+		}
+		_ = c.SetReadDeadline(time.Time{})
 		in.Add(1)
 		<-open
 		return chatScript(c, r)
