@@ -484,6 +484,16 @@ func (p *testProxy) countInPhase(want phase) int64 {
 	return p.instance.running.snapshot().phases[want].calls
 }
 
+// bytesReceived returns how much of their bodies the running calls have received.
+func (p *testProxy) bytesReceived() (n int64) {
+	p.instance.running.mu.Lock()
+	defer p.instance.running.mu.Unlock()
+	for c := range p.instance.running.calls {
+		n += c.progress.bytesReceived.Load()
+	}
+	return n
+}
+
 // TestPublishedCallInfo: other goroutines see a call once it is published, and a published value never changes.
 func TestPublishedCallInfo(t *testing.T) {
 	t.Parallel()
@@ -519,12 +529,17 @@ func TestSlowBody(t *testing.T) {
 	}
 	p.checkReleased()
 
-	steady := p.dial()
+	// Over two windows, at 4 times the required rate. The watchdog gets times for which nobody has to wait.
+	p.setCallLimits(func(l *callLimits) { l.readWindow, l.minReadRate = 10*time.Hour, 500/(10*time.Hour).Seconds() })
+	steady, now := p.dial(), time.Now()
 	_, _ = io.WriteString(steady, head)
-	for part := range slices.Chunk([]byte(body), 200) { // over two windows, at 4 times the required rate
-		_, _ = steady.Write(part)
-		pace(50 * time.Millisecond)
+	for sent := 200; sent < len(body); sent += 200 {
+		_, _ = io.WriteString(steady, body[sent-200:sent])
+		waitFor(t, "a part of the body", func() bool { return p.bytesReceived() == int64(sent) })
+		now = now.Add(time.Hour)
+		p.instance.running.enforce(now)
 	}
+	_, _ = io.WriteString(steady, body[(len(body)-1)/200*200:])
 	if b, _ := io.ReadAll(steady); !strings.HasPrefix(string(b), "HTTP/1.1 200 ") {
 		t.Errorf("a slow body: got %q", b)
 	}
@@ -750,12 +765,12 @@ func TestLongUpload(t *testing.T) {
 func TestTrickledUpload(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.setCallLimits(func(l *callLimits) { l.readWindow, l.minReadRate = 300*time.Millisecond, 1000 })
 	p.manage("PATCH", "/manage/projects/"+p.project, `{"policy":{"stateful":true}}`, 200, nil)
 	conn := p.dial()
 	_, _ = fmt.Fprintf(conn, "POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n"+
 		"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 100000\r\n\r\n--b\r\n", p.token)
 	waitFor(t, "the upload", func() bool { return p.countInPhase(phaseProvider) == 1 })
+	p.setCallLimits(func(l *callLimits) { l.readWindow, l.minReadRate = 300*time.Millisecond, 1000 })
 	p.checkReleased()
 	if row := p.lastCall(); row.ErrorCode != "request_too_slow" || row.Outcome != "truncated" {
 		t.Errorf("the ledger has %+v", row)

@@ -1265,28 +1265,42 @@ func TestStreamPingsHTTP2(t *testing.T) {
 	cert, key := testCertificate(t, t.TempDir(), time.Hour)
 	p := newTest(t, map[string]string{"STREAM_PING_INTERVAL": "10ms", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key})
 	p.changeProject(`"routing":{"verified_streams":true},"policy":{"cache":{"ttl_seconds":60}}`)
-	slowly := func(script func(*providerConn, recordedRequest) bool) func(*providerConn, recordedRequest) bool {
-		return func(c *providerConn, r recordedRequest) bool {
-			now := p.instance.running.ticks.Load()
-			waitFor(t, "the watchdog's clock", func() bool { return p.instance.running.ticks.Load() > now+1 })
-			return script(c, r)
-		}
-	}
+	transport := p.http2(cert)
+	t.Cleanup(transport.CloseIdleConnections)
 	want, body := strings.Join(chatEvents(false), ""), chatBody(`"stream":true`, `"temperature":0`)
-	call := func() testResponse { return p.do("POST", "/v1/chat/completions", body, p.jsonHeaders()...) }
-	p.provider.setScript(slowly(resetScript))
-	if res := call(); res.status != 200 || res.err == nil || !strings.HasPrefix(res.body, ": ping\n\n") ||
+	call := func(script func(*providerConn, recordedRequest) bool) testResponse { // the provider waits for a ping
+		pinged := make(chan struct{})
+		p.provider.setScript(func(c *providerConn, r recordedRequest) bool {
+			<-pinged
+			return script(c, r)
+		})
+		ctx, cancel := context.WithTimeout(t.Context(), hangTimeout)
+		defer cancel()
+		req, err := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header = http.Header{"Authorization": {"Bearer " + p.token}, "Content-Type": {"application/json"}}
+		res, err := transport.RoundTrip(req) // it returns with the head, which leaves with a ping
+		close(pinged)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		b, err := io.ReadAll(res.Body)
+		return testResponse{res.StatusCode, res.Header, string(b), err}
+	}
+	if res := call(resetScript); res.status != 200 || res.err == nil || !strings.HasPrefix(res.body, ": ping\n\n") ||
 		!strings.Contains(res.body, `"code":"upstream_unreachable"`) {
 		t.Errorf("no answer: got %d %q, %v", res.status, res.body, res.err)
 	}
-	p.provider.setScript(slowly(chatScript))
-	res := call()
+	res := call(chatScript)
 	if got := strings.ReplaceAll(res.body, ": ping\n\n", ""); res.status != 200 || res.err != nil || got != want ||
 		got == res.body {
 		t.Errorf("an answer: got %d %q, %v", res.status, res.body, res.err)
 	}
 	p.cacheSettled()
-	if res = call(); res.body != want || !strings.Contains(res.header.Get("Cache-Status"), "hit") {
+	if res = call(chatScript); res.body != want || !strings.Contains(res.header.Get("Cache-Status"), "hit") {
 		t.Errorf("from the cache: got %q, %v", res.body, res.header)
 	}
 }

@@ -225,7 +225,7 @@ func TestFaultOf4xx(t *testing.T) {
 			attempts: [2]int{1, 1}, health: "quarantined", alone: 502, shows: "upstream_auth_error", hides: "sk-abc"},
 		{name: "short wait for quota", status: 429, body: `{"error":{"code":"insufficient_quota","type":` +
 			`"insufficient_quota","message":"You exceeded your current quota (TPM), please slow down."}}`,
-			lines: []string{"Retry-After: 3"}, attempts: [2]int{1, 1}, health: "cooling", alone: 429,
+			lines: []string{"Retry-After: 30"}, attempts: [2]int{1, 1}, health: "cooling", alone: 429,
 			shows: "slow down"},
 		{name: "billing", status: 429, body: `{"error":{"code":"billing_not_active","message":"Your account is not ` +
 			`active"}}`, attempts: [2]int{1, 1}, health: "exhausted", alone: 429, shows: "billing_not_active"},
@@ -527,8 +527,8 @@ func (c *status200Case) check(t *testing.T) {
 		call()
 		call()
 	}
-	if h := p.healthOf(p.upstream); h.State != c.health {
-		t.Errorf("the key is %+v, want %s", h, c.health)
+	if state := p.stateAfterCalls(p.upstream); state != c.health {
+		t.Errorf("the key is %s, want %s", state, c.health)
 	}
 	// Alone, the answer passes as it is, and bills nothing.
 	p.manage("DELETE", "/manage/projects/"+p.project+"/upstreams/"+id, "", 200, nil)
