@@ -231,3 +231,46 @@ func TestPostgresEraseDuringMerge(t *testing.T) {
 		t.Errorf("%d sums have the name", n)
 	}
 }
+
+// TestPostgresRestartRecordsFirst: a process that is started again records what its predecessor has kept before any
+// other replica records the predecessor's calls as lost.
+func TestPostgresRestartRecordsFirst(t *testing.T) {
+	requirePostgres(t)
+	other := openReplicas(t, newTestDatabase(t), 1)[0]
+	ctx, db := t.Context(), other.store.writeDB
+	id := time.Now().UnixMilli()<<idTimeShift | 7<<idSlotShift
+	row := requestRow{id: id, project: 1, token: 1, endpoint: "POST /v1/responses", model: "m"}
+	if _, err := db.Exec(`INSERT INTO replicas (version, started_at, slot, nonce)
+		VALUES ('dev', 0, 7, 'before')`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.Exec(`INSERT INTO begun (batch, calls, replica)
+		SELECT ?1::bigint, ?2, id FROM replicas WHERE slot = 7`,
+		id, string(append(row.appendPendingRecord([]byte{'['}), ']'))); err != nil {
+		t.Fatal(err)
+	}
+	config := *other.config
+	config.nonce, config.previousNonce = "after", "before"
+	again, err := newPostgres(ctx, &config, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.store.close()
+	again.started()
+	recover := func(ctx context.Context, p *postgres) (lost int, err error) {
+		return p.recoverClosed(ctx, func(ctx context.Context, w *ledgerWriter, replica int64) (int, error) {
+			return recoverLost(ctx, p.store, w, func(*requestRow) error { return nil }, replica)
+		})
+	}
+	short, cancel := context.WithTimeout(ctx, 3*lockPause)
+	defer cancel()
+	if lost, err := recover(short, other); lost > 0 || err == nil {
+		t.Errorf("another replica has recorded %d lost calls before the file was: %v", lost, err)
+	}
+	if lost, err := recover(ctx, again); lost != 1 || err != nil {
+		t.Errorf("the process has recorded %d lost calls: %v", lost, err)
+	}
+	if lost, err := recover(ctx, other); lost > 0 || err != nil {
+		t.Errorf("another replica has recorded %d lost calls again: %v", lost, err)
+	}
+}
