@@ -212,6 +212,11 @@ func (p *proxy) newCall(w http.ResponseWriter, r *http.Request) *call {
 		w.Header()["Request-Id"] = id // where Anthropic's SDKs look for it
 	}
 	w.Header()["X-Content-Type-Options"] = []string{"nosniff"}
+	if c.shape == shapeGoogle && r.Header["X-Goog-Api-Key"] == nil && r.Header["Authorization"] == nil {
+		// A link can have the token in its query, and so a browser may show what the provider sends as a page of this
+		// origin. Its scripts must not run: they could use an administrator's session.
+		w.Header()["Content-Security-Policy"] = []string{"default-src 'none'; frame-ancestors 'none'; sandbox"}
+	}
 	return c
 }
 

@@ -196,6 +196,20 @@ func TestGeminiKeyInQuery(t *testing.T) {
 	if logs := fmt.Sprint(p.logLines()); strings.Contains(logs, p.token) || strings.Contains(logs, "key=") {
 		t.Errorf("the log has a query: %s", logs)
 	}
+
+	// A link with a token opens in a browser. What a provider sends runs no script there.
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		return c.reply(200, "<script>fetch('/admin/')</script>", "Content-Type: text/html",
+			"Content-Security-Policy: default-src *")
+	})
+	const page = "/v1beta/models/gemini-2.5-flash"
+	for target, headers := range map[string][]string{page + "?key=" + p.token: nil,
+		page: {"X-Goog-Api-Key", p.token}} {
+		csp := p.do("GET", target, "", headers...).header.Values("Content-Security-Policy")
+		if sandboxed := len(csp) == 1 && strings.Contains(csp[0], "sandbox"); sandboxed != (headers == nil) {
+			t.Errorf("%v: the Content-Security-Policy is %q", headers, csp)
+		}
+	}
 }
 
 // TestTokenElsewhere: a token is accepted in the headers for it and nowhere else, and no log shows one that was
