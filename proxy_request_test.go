@@ -912,6 +912,8 @@ func TestPolicyOfToken(t *testing.T) {
 		{"/v1/chat/completions", chatBody(`"models":["gpt-4o"]`), "model_not_allowed"},
 		{"/v1/chat/completions", chatBody(`"route":"fallback","models":[]`), "model_not_allowed"},
 		{"/v1/chat/completions", chatBody(`"fallbacks":["gpt-4o"]`), "model_not_allowed"},
+		{"/v1/chat/completions", chatBody(`"context_window_fallbacks":[{"gpt-4o-mini":["gpt-4o"]}]`), "model_not_allowed"},
+		{"/v1/chat/completions", chatBody(`"extra_body":{"model":"gpt-4o"}`), "model_not_allowed"},
 		{"/v1/embeddings", `{"model":"gpt-4o-mini","input":"x"}`, "endpoint_not_allowed"},
 		{"/v1/completions", `{"model":"gpt-4o-mini","prompt":"x"}`, "endpoint_not_allowed"},
 	} {

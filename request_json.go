@@ -16,6 +16,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -38,6 +39,7 @@ const (
 var protectedNames = [...]string{
 	"model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "n", "best_of",
 	"previous_response_id", "conversation", "background", "store", "models", "fallbacks",
+	"context_window_fallbacks", "content_policy_fallbacks", "extra_body", "preset",
 }
 
 // callFields are the fields of a request body that the proxy needs. Everything else passes unread.
@@ -55,8 +57,7 @@ type callFields struct {
 	// false; "" if there is none.
 	statefulParam string
 	background    bool // background is true: the provider goes on without the client
-	// modelListParam is "models" or "fallbacks" if the body has that list of further models; some providers
-	// that route to others accept it.
+	// modelListParam is the first field from which a provider that routes to others may take another model, or ""
 	modelListParam string
 	prompt         promptParts
 	usageSplice    splice // adds include_usage
@@ -182,9 +183,9 @@ func (f *callFields) setField(name string, raw []byte) *bodyError {
 		if string(raw) != "null" && string(raw) != "false" {
 			f.setStateful(name)
 		}
-	case "models", "fallbacks":
+	case "models", "fallbacks", "context_window_fallbacks", "content_policy_fallbacks", "extra_body", "preset":
 		if string(raw) != "null" {
-			f.modelListParam = name
+			f.modelListParam = cmp.Or(f.modelListParam, name)
 		}
 	}
 	return nil

@@ -358,6 +358,11 @@ func TestScanJSON(t *testing.T) {
 		{`{"model":"a","models":["b"]}`, callFields{model: "a", n: 1, modelListParam: "models"}},
 		{`{"fallbacks":[],"models":null}`, callFields{n: 1, modelListParam: "fallbacks"}},
 		{`{"x":{"models":["b"]},"models":null,"fallbacks":null}`, callFields{n: 1}},
+		{`{"context_window_fallbacks":[{"a":["b"]}],"preset":"p"}`, callFields{n: 1,
+			modelListParam: "context_window_fallbacks"}},
+		{`{"content_policy_fallbacks":[]}`, callFields{n: 1, modelListParam: "content_policy_fallbacks"}},
+		{`{"ext\u0072a_body":{"model":"b"}}`, callFields{n: 1, modelListParam: "extra_body"}},
+		{`{"x":{"extra_body":{}},"extra_body":null,"preset":"p"}`, callFields{n: 1, modelListParam: "preset"}},
 		{`{"user":1,"user":2,"model_s":["x"],"model_":0,"":0,"nn":0}`, callFields{n: 1}},
 	} {
 		got, err := scanJSON([]byte(c.body))
