@@ -367,7 +367,9 @@ func TestStopWhileLocked(t *testing.T) {
 		})
 	}
 	waitFor(t, "the calls to reach the provider", func() bool { return len(p.provider.received()) == calls })
-	waitFor(t, "their pending records", func() bool { n, _ := p.instance.ledger.backlog(); return n == 0 })
+	if err := p.instance.ledger.flush(t.Context()); err != nil { // their pending records
+		t.Fatal(err)
+	}
 	unlock := p.lockDatabase()
 	close(proceed)
 	clients.Wait()
