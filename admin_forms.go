@@ -267,15 +267,6 @@ func (field *formField) decode(text string, to any) error {
 	return nil
 }
 
-// mustMarshal returns the JSON of a value that cannot fail to have one.
-func mustMarshal(v any) json.RawMessage {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return json.RawMessage("null")
-	}
-	return b
-}
-
 // A formView is the data of templates/form.html.
 type formView struct {
 	Crumb  option   // the page above this one: its address and title

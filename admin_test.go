@@ -106,7 +106,7 @@ func (p *testProxy) seedObjects(name string) []string {
 	}
 }
 
-func quoteJSON(s string) string { return string(auditValueJSON(s)) }
+func quoteJSON(s string) string { return string(mustMarshal(s)) }
 
 // expandPattern fills in a pattern of adminTable.
 func (p *testProxy) expandPattern(pattern string) string {

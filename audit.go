@@ -76,7 +76,7 @@ func diffAuditFields(before, after []auditField) (out []auditField) {
 		if i < 0 {
 			return []byte("null")
 		}
-		return auditValueJSON(fields[i].value)
+		return mustMarshal(fields[i].value)
 	}
 	names := after
 	if after == nil {
@@ -90,16 +90,6 @@ func diffAuditFields(before, after []auditField) (out []auditField) {
 		}
 	}
 	return out
-}
-
-// auditValueJSON returns a value's JSON. A value that cannot be encoded is a bug, which must not keep a
-// token from being revoked.
-func auditValueJSON(v any) []byte {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return []byte(`"?"`)
-	}
-	return b
 }
 
 // auditTime returns a time in the form that /manage uses.
@@ -125,11 +115,11 @@ func (a *auditEvent) detailJSON() string {
 		if i > 0 {
 			out = append(out, ',')
 		}
-		value := auditValueJSON(f.value)
+		value := []byte(mustMarshal(f.value))
 		if len(value) > 3*maxAuditValueBytes { // the values of a pair have been shortened already
 			value = digestLongValue(value)
 		}
-		out = append(append(out, auditValueJSON(f.name)...), ':')
+		out = append(append(out, mustMarshal(f.name)...), ':')
 		out = append(out, value...)
 	}
 	return string(append(out, '}'))

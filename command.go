@@ -563,7 +563,7 @@ func (u *upstreamRow) narrowUse(c *upstreamRow) (narrower bool, err error) {
 		}
 	}
 	if narrower {
-		u.sharedWith, u.models = string(auditValueJSON(append([]string{}, shared...))), string(auditValueJSON(models))
+		u.sharedWith, u.models = string(mustMarshal(append([]string{}, shared...))), string(mustMarshal(models))
 		u.settings = settings.String()
 	}
 	return narrower, nil

@@ -212,6 +212,16 @@ func appendJSONString(b []byte, s string) []byte {
 	return append(append(append(b, '"'), s...), '"')
 }
 
+// mustMarshal returns the JSON of a value that cannot fail to have one. If it fails, that is a bug, which must not keep
+// a token from being revoked.
+func mustMarshal(v any) json.RawMessage {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return json.RawMessage("null")
+	}
+	return b
+}
+
 // Tokens.
 
 // maxTokenCount bounds every token count. No answer has more, and sums of millions of calls do not overflow.
@@ -403,17 +413,8 @@ const (
 	roleAdmin    role = "admin"    // manages projects, provider keys, prices and management keys
 )
 
-func (r role) rank() int {
-	switch r {
-	case roleViewer:
-		return 1
-	case roleOperator:
-		return 2
-	case roleAdmin:
-		return 3
-	}
-	return 0
-}
+// rank orders the roles; 0 is no role.
+func (r role) rank() int { return slices.Index([]role{roleViewer, roleOperator, roleAdmin}, r) + 1 }
 
 // An actor is the holder of a management key: a stored one, or the one in the environment.
 type actor struct {

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -59,41 +60,33 @@ func (e *apiError) recordCode() string {
 	return e.code
 }
 
-// errorType returns the error's "type" in OpenAI's shape.
-func (e *apiError) errorType() string {
-	switch {
-	case e.kind != "":
-		return e.kind
-	case e.status == http.StatusTooManyRequests:
-		return "rate_limit_error"
-	case e.status == http.StatusForbidden:
-		return "permission_error"
-	case e.status >= 500:
-		return "server_error"
-	}
-	return "invalid_request_error"
-}
+// errorTypes are the names of a kind of error: "type" in OpenAI's and in Anthropic's shape, and "status" in Google's,
+// which is the name of a google.rpc.Code.
+type errorTypes struct{ openAI, anthropic, google string }
 
-// anthropicType returns the error's "type" in Anthropic's shape.
-func (e *apiError) anthropicType() string {
-	switch e.status {
+func errorTypesOf(status int) errorTypes {
+	switch status {
 	case http.StatusUnauthorized:
-		return "authentication_error"
+		return errorTypes{"invalid_request_error", "authentication_error", "UNAUTHENTICATED"}
 	case http.StatusForbidden:
-		return "permission_error"
+		return errorTypes{"permission_error", "permission_error", "PERMISSION_DENIED"}
 	case http.StatusNotFound:
-		return "not_found_error"
+		return errorTypes{"invalid_request_error", "not_found_error", "NOT_FOUND"}
 	case http.StatusRequestEntityTooLarge:
-		return "request_too_large"
+		return errorTypes{"invalid_request_error", "request_too_large", "INVALID_ARGUMENT"}
 	case http.StatusTooManyRequests:
-		return "rate_limit_error"
+		return errorTypes{"rate_limit_error", "rate_limit_error", "RESOURCE_EXHAUSTED"}
+	case http.StatusInternalServerError:
+		return errorTypes{"server_error", "api_error", "INTERNAL"}
 	case http.StatusServiceUnavailable:
-		return "overloaded_error"
+		return errorTypes{"server_error", "overloaded_error", "UNAVAILABLE"}
+	case http.StatusGatewayTimeout:
+		return errorTypes{"server_error", "api_error", "DEADLINE_EXCEEDED"}
 	}
-	if e.status >= 500 {
-		return "api_error"
+	if status >= 500 {
+		return errorTypes{"server_error", "api_error", "UNAVAILABLE"}
 	}
-	return "invalid_request_error"
+	return errorTypes{"invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT"}
 }
 
 // asAPIError returns err as an apiError. Any other error is a fault of the proxy: 500.
@@ -151,7 +144,8 @@ func (e *apiError) responseBody(shape errorShape) []byte {
 	if shape == shapeGoogle {
 		return e.googleBody()
 	}
-	body := errorBody{Error: errorInner{Message: e.msg, Type: e.errorType()}}
+	types := errorTypesOf(e.status)
+	body := errorBody{Error: errorInner{Message: e.msg, Type: cmp.Or(e.kind, types.openAI)}}
 	if e.param != "" {
 		body.Error.Param = &e.param
 	}
@@ -159,10 +153,9 @@ func (e *apiError) responseBody(shape errorShape) []byte {
 		body.Error.Code = &e.code
 	}
 	if shape == shapeAnthropic {
-		body.Type, body.Error.Type = "error", e.anthropicType()
+		body.Type, body.Error.Type = "error", types.anthropic
 	}
-	b, _ := json.Marshal(body) // strings only: it cannot fail
-	return append(b, '\n')
+	return append(mustMarshal(body), '\n')
 }
 
 // A googleError is a google.rpc.Status.
@@ -194,31 +187,8 @@ func (e *apiError) googleBody() []byte {
 		details = append(details, googleDetail{Type: "type.googleapis.com/google.rpc.RetryInfo",
 			RetryDelay: strconv.FormatInt(wholeSeconds(e.retryAfter), 10) + "s"})
 	}
-	b, _ := json.Marshal(map[string]googleError{ // strings and numbers only: it cannot fail
-		"error": {Code: e.status, Message: e.msg, Status: e.googleStatus(), Details: details}})
-	return append(b, '\n')
-}
-
-// googleStatus returns the error's "status" in Google's shape: the name of a google.rpc.Code.
-func (e *apiError) googleStatus() string {
-	switch e.status {
-	case http.StatusUnauthorized:
-		return "UNAUTHENTICATED"
-	case http.StatusForbidden:
-		return "PERMISSION_DENIED"
-	case http.StatusNotFound:
-		return "NOT_FOUND"
-	case http.StatusTooManyRequests:
-		return "RESOURCE_EXHAUSTED"
-	case http.StatusInternalServerError:
-		return "INTERNAL"
-	case http.StatusGatewayTimeout:
-		return "DEADLINE_EXCEEDED"
-	}
-	if e.status >= 500 {
-		return "UNAVAILABLE"
-	}
-	return "INVALID_ARGUMENT"
+	return append(mustMarshal(map[string]googleError{
+		"error": {Code: e.status, Message: e.msg, Status: errorTypesOf(e.status).google, Details: details}}), '\n')
 }
 
 // wholeSeconds rounds up.
@@ -285,7 +255,7 @@ func (f eventForm) errorEvent(document []byte) []byte {
 			}
 		}
 		members["type"], members["sequence_number"] = json.RawMessage(`"error"`), json.RawMessage("0")
-		line, _ = json.Marshal(members) // raw JSON that was parsed: it cannot fail
+		line = mustMarshal(members)
 	}
 	name := "event: error\n"
 	if f == eventsUnnamed || f == eventsGemini {
@@ -410,9 +380,13 @@ func checkChoice(name, value string, allowed ...string) error {
 	if slices.Contains(allowed, value) {
 		return nil
 	}
-	last := len(allowed) - 1
-	choices := strings.Join(allowed[:last], ", ") + " or " + allowed[last]
-	return badRequest("invalid_value", name, name+" must be "+choices+".")
+	return badRequest("invalid_value", name, name+" must be "+joinChoices(allowed)+".")
+}
+
+// joinChoices lists texts: "a, b or c".
+func joinChoices(texts []string) string {
+	last := len(texts) - 1
+	return strings.Join(texts[:last], ", ") + " or " + texts[last]
 }
 
 // errRepeatedCredential is for a header or query parameter that occurs twice.
@@ -512,14 +486,13 @@ func errModelListNotAllowed(param string) *apiError {
 
 // errCostUnbounded refuses a call to which a budget applies, because nobody knows what a field of it may cost.
 func errCostUnbounded(limit, field string) *apiError {
-	if field != "model" {
-		return &apiError{status: 403, code: "price_unknown", param: field, limit: limit,
-			msg: "A budget of " + limit + " applies to this call, but it is not known what '" + field + "' may cost. " +
-				"Leave it out, or ask the proxy's administrator to set the model's price for it."}
+	why := "it is not known what '" + field + "' may cost. " +
+		"Leave it out, or ask the proxy's administrator to set the model's price for it."
+	if field == "model" {
+		why = "the model's price is not known. Use another model, or ask the proxy's administrator to set the price."
 	}
-	return &apiError{status: 403, code: "price_unknown", param: "model", limit: limit,
-		msg: "A budget of " + limit + " applies to this call, but the model's price is not known. " +
-			"Use another model, or ask the proxy's administrator to set the price."}
+	return &apiError{status: 403, code: "price_unknown", param: field, limit: limit,
+		msg: "A budget of " + limit + " applies to this call, but " + why}
 }
 
 // A limit is reached: of the token, of its project or of the upstreams.
@@ -550,10 +523,8 @@ func errUpstreamsAtCapacity(wait time.Duration) *apiError {
 		msg: "This project's upstreams have reached their own limits for this minute."}
 }
 
-func errTokenBodyMemory() *apiError {
-	return &apiError{status: 429, code: "body_memory_full", retryAfter: time.Second,
-		msg: "This token's calls use too much memory for request bodies. Send fewer large requests at the same time."}
-}
+var errTokenBodyMemory = &apiError{status: 429, code: "body_memory_full", retryAfter: time.Second,
+	msg: "This token's calls use too much memory for request bodies. Send fewer large requests at the same time."}
 
 // The provider failed, was silent, or did not answer like an API. Another attempt may follow the timeouts of an
 // attempt, so they are separate values.
@@ -615,24 +586,13 @@ func errUpstreamKeyUnreadable(cause error) *apiError {
 	return errUnavailable("upstream_key_unreadable", "The proxy cannot read this project's provider key.", cause)
 }
 
-func errBodyMemoryFull() *apiError {
-	return errUnavailable("body_memory_full", "The proxy's memory for request bodies is used up.",
+var (
+	errBodyMemoryFull = errUnavailable("body_memory_full", "The proxy's memory for request bodies is used up.",
 		errors.New("BODY_MEMORY is used up"))
-}
-
-func errTooManyCalls() *apiError {
-	return errUnavailable("too_many_calls", "The proxy is handling as many calls as it can.",
+	errTooManyCalls = errUnavailable("too_many_calls", "The proxy is handling as many calls as it can.",
 		errors.New("MAX_CONCURRENT_CALLS are running"))
-}
-
-func errTooManyReports() *apiError {
-	return errUnavailable("too_many_reports", "Other reports on sessions, end users or tags are running.",
-		errors.New("as many reports on attributes are running as may"))
-}
-
-func errDraining() *apiError {
-	return errUnavailable("draining", "The proxy is shutting down.", errors.New("shutting down"))
-}
+	errDraining = errUnavailable("draining", "The proxy is shutting down.", errors.New("shutting down"))
+)
 
 func errInternal(cause error) *apiError {
 	return newError(500, "internal_error",
@@ -648,7 +608,9 @@ var (
 	errObjectNotFound = newError(404, "not_found", "No such object exists, or it was deleted.")
 	errStaleVersion   = newError(412, "stale_version", "It has changed since it was read. Read it again, then retry.")
 	errNameTaken      = badRequest("name_taken", "name", "This name is already in use.")
-	errAuditTooLong   = newError(503, "too_long", "The audit trail is too long. Use llm-proxy audit verify.")
+	errTooManyReports = errUnavailable("too_many_reports", "Other reports on sessions, end users or tags are running.",
+		errors.New("as many reports on attributes are running as may"))
+	errAuditTooLong = newError(503, "too_long", "The audit trail is too long. Use llm-proxy audit verify.")
 )
 
 func errRoleTooLow(need, have role) *apiError {

@@ -452,7 +452,7 @@ func (p *testProxy) ledger() []requestEntry {
 // waitSettled waits until no call is running and the ledger is written.
 func (p *testProxy) waitSettled() {
 	p.t.Helper()
-	waitFor(p.t, "calls to end", func() bool { return p.instance.running.oldestID() == 0 })
+	waitFor(p.t, "calls to end", func() bool { return p.instance.running.count() == 0 })
 	ctx, cancel := context.WithTimeout(context.Background(), hangTimeout)
 	defer cancel()
 	if err := p.instance.ledger.flush(ctx); err != nil {

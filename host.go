@@ -576,11 +576,11 @@ type bodyShare struct {
 func (s *bodyShare) reserve(n int64) error {
 	if used := s.token.Add(n); used > s.max && used > s.reserved+n {
 		s.token.Add(-n)
-		return errTokenBodyMemory()
+		return errTokenBodyMemory
 	}
 	if !s.memory.reserve(n) {
 		s.token.Add(-n)
-		return errBodyMemoryFull()
+		return errBodyMemoryFull
 	}
 	s.reserved += n
 	return nil

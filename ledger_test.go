@@ -658,7 +658,7 @@ func TestBrokenLedgerBlocksNobody(t *testing.T) {
 	if res := p.chat(); res.status != 200 {
 		t.Fatalf("got %d", res.status)
 	}
-	waitFor(t, "the end of the call", func() bool { return p.instance.running.oldestID() == 0 })
+	waitFor(t, "the end of the call", func() bool { return p.instance.running.count() == 0 })
 	p.instance.registry.evict(time.Now().Add(time.Hour).UnixMilli(), true)
 	unknown, _ := mintCredential(tokenPrefix, "")
 	for _, token := range []string{p.token, unknown()} {

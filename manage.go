@@ -72,7 +72,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"GET /manage/projects/{id}", roleViewer, withValueQuery(api.getProject), valueParams()},
 		{"PATCH /manage/projects/{id}", roleAdmin, withInput(fields.project, api.patchProject), nil},
 		{"DELETE /manage/projects/{id}", roleAdmin, api.deleteProject, nil},
-		{"POST /manage/projects/{id}/tokens/revoke", roleOperator, api.revokeProjectTokens, nil},
+		{"POST /manage/projects/{id}/tokens/revoke", roleOperator, withoutInput(api.revokeProjectTokens), nil},
 		{"DELETE /manage/projects/{id}/content", roleAdmin, api.eraseContent, nil},
 		{"DELETE /manage/projects/{id}/end-users", roleAdmin, api.eraseEndUser, []string{"end_user"}},
 		{"GET /manage/projects/{id}/cache", roleViewer, api.getCache, nil},
@@ -85,7 +85,7 @@ func (api *manageAPI) manageTable() []manageRoute {
 		{"PATCH /manage/projects/{id}/upstreams/{upstream}", roleAdmin,
 			withInput(fields.upstream, api.patchUpstream), nil},
 		{"DELETE /manage/projects/{id}/upstreams/{upstream}", roleAdmin, api.deleteUpstream, nil},
-		{"POST /manage/projects/{id}/upstreams/{upstream}/test", roleOperator, api.testKey, nil},
+		{"POST /manage/projects/{id}/upstreams/{upstream}/test", roleOperator, withoutInput(api.testKey), nil},
 		{"GET /manage/tokens", roleViewer, api.listTokens, pageParams("project_id", "active", "name", "search")},
 		{"POST /manage/tokens", roleOperator, withInput(fields.token, api.createToken), nil},
 		{"GET /manage/tokens/{id}", roleViewer, withValueQuery(api.getToken), valueParams()},
@@ -132,6 +132,16 @@ func withInput[I, R any](
 			return nil, err
 		}
 		return handle(r, in)
+	}
+}
+
+// withoutInput returns a handler whose request has no fields.
+func withoutInput(handle func(*manageRequest) (any, error)) func(*manageRequest) (any, error) {
+	return func(r *manageRequest) (any, error) {
+		if err := decodeObject(r.body, map[string]any{}); err != nil {
+			return nil, err
+		}
+		return handle(r)
 	}
 }
 
@@ -441,15 +451,20 @@ func parseCursor(s string) (seq int64, name string, err error) {
 
 // boolParam reads an optional true or false from the query.
 func (r *manageRequest) boolParam(name string) (*bool, error) {
-	switch r.query.Get(name) {
-	case "":
-		return nil, nil
-	case "true":
-		return new(true), nil
-	case "false":
-		return new(false), nil
+	v, err := r.choiceParam(name, "true", "false")
+	if err != nil || v == "" {
+		return nil, err
 	}
-	return nil, badRequest("invalid_value", name, name+" must be true or false.")
+	return new(v == "true"), nil
+}
+
+// choiceParam reads an optional parameter of the query that has few values; "" if it is missing.
+func (r *manageRequest) choiceParam(name string, allowed ...string) (string, error) {
+	v := r.query.Get(name)
+	if v == "" {
+		return "", nil
+	}
+	return v, checkChoice(name, v, allowed...)
 }
 
 // deleted confirms that the object whose ID is in the path, under this name, is deleted.

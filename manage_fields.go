@@ -145,6 +145,16 @@ func anyName(_, value string) error { return validateName(value) }
 
 func anyValue[T any](string, T) error { return nil }
 
+// oneOf is the rule for a text that has few values.
+func oneOf(values ...string) func(string, string) error {
+	return func(name, value string) error {
+		if !slices.Contains(values, value) {
+			return &fieldError{name, "must be " + joinChoices(values)}
+		}
+		return nil
+	}
+}
+
 // within is the rule for a whole number, with what it must be.
 func within(from, to int64, must string) func(string, int64) error {
 	return func(name string, n int64) error {
@@ -302,18 +312,12 @@ func keyFields() []field[keyInput, managementKeyRow] {
 	return []f{
 		stored(f{name: "name", label: "Name", required: true, help: "key-name"}, anyName,
 			func(in *keyInput, k *managementKeyRow) (*optional[string], *string) { return &in.name, &k.name }),
-		stored(f{name: "role", label: "Role", kind: "select", required: true, help: "role"}, validateRole,
+		stored(f{name: "role", label: "Role", kind: "select", required: true, help: "role"},
+			oneOf(string(roleViewer), string(roleOperator), string(roleAdmin)),
 			func(in *keyInput, k *managementKeyRow) (*optional[string], *string) { return &in.role, &k.role }),
 		{name: "expires_at", nullable: true, label: "Expires (UTC)", kind: "datetime-local", empty: emptyNull,
 			help: "expiry", target: func(in *keyInput) any { return &in.expiresAt }},
 	}
-}
-
-func validateRole(name, value string) error {
-	if role(value).rank() == 0 {
-		return &fieldError{name, "must be viewer, operator or admin"}
-	}
-	return nil
 }
 
 // apply checks the input and stores it in the row.
@@ -509,11 +513,8 @@ func (in *upstreamInput) applyProvider(row *upstreamRow, isNew bool) error {
 	if in.provider.hasValue() {
 		row.provider = in.provider.value
 	}
-	switch row.provider {
-	case providerOpenAI, providerAnthropic, providerAzure, providerCompatible, providerGoogle:
-		return nil
-	}
-	return &fieldError{"provider", "must be openai, anthropic, azure, compatible or google"}
+	return oneOf(providerOpenAI, providerAnthropic, providerAzure, providerCompatible, providerGoogle)(
+		"provider", row.provider)
 }
 
 func (in *upstreamInput) applyModels(u *upstreamEdit) error {
@@ -523,7 +524,8 @@ func (in *upstreamInput) applyModels(u *upstreamEdit) error {
 	if err := checkPatterns("models", in.models.value); err != nil {
 		return err
 	}
-	return storeJSON(&u.models, append([]string{}, in.models.value...))
+	u.models = string(mustMarshal(append([]string{}, in.models.value...)))
+	return nil
 }
 
 func (in *upstreamInput) applyRewrite(u *upstreamEdit) error {
@@ -531,10 +533,10 @@ func (in *upstreamInput) applyRewrite(u *upstreamEdit) error {
 		return nil
 	}
 	names, err := parseRewrite(in.rewrite.value)
-	if err != nil {
-		return err
+	if err == nil {
+		u.rewrite = string(mustMarshal(names))
 	}
-	return storeJSON(&u.rewrite, names)
+	return err
 }
 
 func (in *upstreamInput) applySharing(u *upstreamEdit) error {
@@ -545,16 +547,8 @@ func (in *upstreamInput) applySharing(u *upstreamEdit) error {
 	if len(ids) > 500 {
 		return &fieldError{"shared_with", "must have 500 entries or fewer"}
 	}
-	return storeJSON(&u.sharedWith, append([]string{}, ids...))
-}
-
-// storeJSON stores a value in a column of JSON text.
-func storeJSON(column *string, value any) error {
-	b, err := json.Marshal(value)
-	if err == nil {
-		*column = string(b)
-	}
-	return err
+	u.sharedWith = string(mustMarshal(append([]string{}, ids...)))
+	return nil
 }
 
 func validateProviderID(name, value string) error {

@@ -29,9 +29,9 @@ func (api *manageAPI) webhookRoutes() []manageRoute {
 		{"PATCH /manage/webhooks/{id}", roleAdmin, withInput(fields.webhook, api.patchWebhook), nil},
 		{"DELETE /manage/webhooks/{id}", roleAdmin, api.deleteWebhook, nil},
 		{"POST /manage/webhooks/{id}/rotate", roleAdmin, withInput(fields.rotate, api.rotateWebhook), nil},
-		{"POST /manage/webhooks/{id}/test", roleOperator, api.testWebhook, nil},
+		{"POST /manage/webhooks/{id}/test", roleOperator, withoutInput(api.testWebhook), nil},
 		{"GET /manage/webhooks/{id}/deliveries", roleViewer, api.listDeliveries, pageParams("state")},
-		{"POST /manage/webhooks/{id}/deliveries/{delivery}/redeliver", roleOperator, api.redeliver, nil},
+		{"POST /manage/webhooks/{id}/deliveries/{delivery}/redeliver", roleOperator, withoutInput(api.redeliver), nil},
 	}
 }
 
@@ -57,7 +57,8 @@ func webhookFields() []field[webhookInput, webhookEdit] {
 	return []f{
 		stored(f{name: "name", label: "Name", required: true, help: "webhook-name"}, anyName,
 			func(in *webhookInput, w *webhookEdit) (*optional[string], *string) { return &in.name, &w.name }),
-		stored(f{name: "format", label: "Format", kind: "select", required: true}, validateFormat,
+		stored(f{name: "format", label: "Format", kind: "select", required: true},
+			oneOf(formatStandard, formatSlack, formatTeams),
 			func(in *webhookInput, w *webhookEdit) (*optional[string], *string) { return &in.format, &w.format }),
 		stored(f{name: "url", label: "URL", required: true, placeholder: "https://", empty: emptyOmitted,
 			help: "webhook-url"}, anyValue,
@@ -72,13 +73,6 @@ func webhookFields() []field[webhookInput, webhookEdit] {
 		stored(f{name: "is_active", label: "Active", kind: "checkbox", help: "webhook-active"}, anyValue,
 			func(in *webhookInput, w *webhookEdit) (*optional[bool], *bool) { return &in.active, &w.active }),
 	}
-}
-
-func validateFormat(name, value string) error {
-	if value != formatStandard && value != formatSlack && value != formatTeams {
-		return &fieldError{name, "must be standard, slack or teams"}
-	}
-	return nil
 }
 
 // applyEvents stores the list of types, in the order of notificationTypes.
@@ -98,7 +92,7 @@ func (in *webhookInput) applyEvents(w *webhookEdit) error {
 				"must be one of " + strings.Join(notificationTypes(), ", ")}
 		}
 	}
-	w.events = mustJSON(list)
+	w.events = string(mustMarshal(list))
 	return nil
 }
 
@@ -280,14 +274,11 @@ type deliveryFilter struct {
 }
 
 func (r *manageRequest) parseDeliveryFilter() (f deliveryFilter, err error) {
-	f.webhook, f.state = r.pathValue("id"), r.query.Get("state")
-	if f.listQuery, err = r.parseListQuery(); err != nil {
-		return f, err
+	f.webhook = r.pathValue("id")
+	if f.listQuery, err = r.parseListQuery(); err == nil {
+		f.state, err = r.choiceParam("state", deliveryPending, deliveryDelivered, deliveryFailed)
 	}
-	if !slices.Contains([]string{"", deliveryPending, deliveryDelivered, deliveryFailed}, f.state) {
-		return f, badRequest("invalid_value", "state", "state must be pending, delivered or failed.")
-	}
-	return f, nil
+	return f, err
 }
 
 // listDeliveries returns deliveries of a webhook, the newest first.
@@ -331,9 +322,6 @@ func (api *manageAPI) rotateWebhook(r *manageRequest, in rotateInput) (any, erro
 }
 
 func (api *manageAPI) testWebhook(r *manageRequest) (any, error) {
-	if err := decodeObject(r.body, map[string]any{}); err != nil {
-		return nil, err
-	}
 	d, err := api.ops.testWebhook(r.ctx, r.origin, r.pathValue("id"))
 	return newDeliveryView(&d), err
 }
@@ -347,9 +335,6 @@ func (api *manageAPI) listDeliveries(r *manageRequest) (any, error) {
 }
 
 func (api *manageAPI) redeliver(r *manageRequest) (any, error) {
-	if err := decodeObject(r.body, map[string]any{}); err != nil {
-		return nil, err
-	}
 	d, err := api.ops.redeliver(r.ctx, r.origin, r.pathValue("id"), r.pathValue("delivery"))
 	return newDeliveryView(&d), err
 }
@@ -522,9 +507,6 @@ type keyTestView struct {
 }
 
 func (api *manageAPI) testKey(r *manageRequest) (any, error) {
-	if err := decodeObject(r.body, map[string]any{}); err != nil {
-		return nil, err
-	}
 	t, err := api.ops.testKey(r.ctx, r.origin, r.pathValue("id"), r.pathValue("upstream"))
 	v := keyTestView{UpstreamID: r.pathValue("upstream"), Result: t.result, Code: t.code, MoreModels: t.more,
 		Summary: t.summary()}

@@ -585,11 +585,7 @@ func (in *simulateInput) readUsage() (tokenCounts, usageDetails, usageSource, er
 		kind = meterGemini
 	}
 	m := newMeter(kind, false, false, false)
-	model, err := json.Marshal(in.model.value)
-	if err != nil {
-		return tokenCounts{}, usageDetails{}, usageNone, fmt.Errorf("writing a model's name: %w", err)
-	}
-	m.process([]byte(`{"model":` + string(model) + `,"usage":` + string(in.usage.value) + `}`))
+	m.process(mustMarshal(map[string]any{"model": in.model.value, "usage": in.usage.value}))
 	m.finish()
 	return m.counts, m.details, m.source(), nil
 }

@@ -126,9 +126,6 @@ func (api *manageAPI) deleteProject(r *manageRequest) (any, error) {
 }
 
 func (api *manageAPI) revokeProjectTokens(r *manageRequest) (any, error) {
-	if err := decodeObject(r.body, map[string]any{}); err != nil {
-		return nil, err
-	}
 	n, err := api.ops.revokeProjectTokens(r.ctx, r.origin, r.pathValue("id"))
 	return map[string]any{"revoked": n}, err
 }

@@ -115,7 +115,8 @@ func TestTokenExpiry(t *testing.T) {
 func TestTokenValidity(t *testing.T) {
 	t.Parallel()
 	now := time.Now().UnixMilli()
-	token := &liveToken{}
+	token := &liveToken{project: &liveProject{}}
+	token.project.state.Store(&projectState{})
 	for _, c := range []struct {
 		state tokenState
 		used  int64

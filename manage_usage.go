@@ -240,13 +240,13 @@ func (api *manageAPI) listRequests(r *manageRequest) (any, error) {
 	}
 	f := requestFilter{
 		project: r.query.Get("project_id"), token: r.query.Get("token_id"), outcome: r.query.Get("outcome"),
-		cache: r.query.Get("cache"), before: math.MaxInt64, limit: page.limit}
+		before: math.MaxInt64, limit: page.limit}
 	if f.outcome != "" && !slices.Contains(allOutcomes(), callOutcome(f.outcome)) {
 		return nil, badRequest("invalid_value", "outcome",
 			"outcome must be open, ok, refused, client_gone, truncated, upstream_error or lost.")
 	}
-	if f.cache != "" && f.cache != cacheHit && f.cache != cacheNone {
-		return nil, badRequest("invalid_value", "cache", "cache must be hit or none.")
+	if f.cache, err = r.choiceParam("cache", cacheHit, cacheNone); err != nil {
+		return nil, err
 	}
 	if f.attributionFilter, err = api.ops.parseAttributionFilter(r.ctx, f.project, r.query); err != nil {
 		return nil, err
@@ -323,9 +323,9 @@ func (api *manageAPI) getUsage(r *manageRequest) (any, error) {
 	if lookBack == 0 {
 		return nil, badRequest("invalid_value", "interval", "interval must be hour, day, month or total.")
 	}
-	format := r.query.Get("format")
-	if format != "" && format != "json" && format != "csv" {
-		return nil, badRequest("invalid_value", "format", "format must be json or csv.")
+	format, err := r.choiceParam("format", "json", "csv")
+	if err != nil {
+		return nil, err
 	}
 	if err := q.parseGroupBy(r.query.Get("group_by")); err != nil {
 		return nil, err
@@ -456,7 +456,7 @@ func newAuditView(r *auditRow) auditView {
 		Detail:    json.RawMessage(r.detail),
 	}
 	if !json.Valid(v.Detail) { // someone edited the database; the list must still show the event
-		v.Detail = auditValueJSON(map[string]string{"unreadable": r.detail})
+		v.Detail = mustMarshal(map[string]string{"unreadable": r.detail})
 	}
 	return v
 }

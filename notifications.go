@@ -52,7 +52,7 @@ func (u *limitUseState) reached(now int64) (percent int64, marks []mark) {
 			break
 		}
 		percent = p
-		what := mustJSON([]any{l, u.windowStart})
+		what := mustMarshal([]any{l, u.windowStart})
 		marks = append(marks, mark{fmt.Sprintf("limit|%s|%s|%d", cmp.Or(u.tokenID, u.projectID), what, p), until})
 	}
 	return percent, marks
@@ -225,7 +225,7 @@ func (n *notifier) emit(ctx context.Context, now int64, eventType string, data n
 }
 
 func newNotification(eventType string, now int64, data notificationData) *notification {
-	return &notification{id: newID("msg"), eventType: eventType, at: now, data: mustJSON(data)}
+	return &notification{id: newID("msg"), eventType: eventType, at: now, data: string(mustMarshal(data))}
 }
 
 func newDeliveryID() string { return newID("del") }

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -136,13 +137,7 @@ func checkPatterns(param string, list []string) error {
 // namesAPI reports whether a pattern of endpoints names one of the APIs.
 func namesAPI(s string) bool { return strings.Contains(s, "/v1/") || strings.Contains(s, geminiPrefix) }
 
-func (p policy) String() string {
-	b, err := json.Marshal(p)
-	if err != nil { // cannot happen: strings, numbers and a bool
-		return "{}"
-	}
-	return string(b)
-}
+func (p policy) String() string { return string(mustMarshal(p)) }
 
 func (p policy) allowsModel(model string) bool {
 	return p.Models == nil || matchesAnyPattern(p.Models, model)
@@ -461,7 +456,7 @@ func (p *cachePolicy) narrowed(o *cachePolicy) *cachePolicy {
 	if p == nil || o == nil {
 		return nil
 	}
-	if marshalSettings(p) == marshalSettings(o) {
+	if bytes.Equal(mustMarshal(p), mustMarshal(o)) {
 		return p
 	}
 	n := cachePolicy{TTLSeconds: min(p.TTLSeconds, o.TTLSeconds), MaxEntryBytes: min(p.maxEntry(), o.maxEntry())}

@@ -472,7 +472,7 @@ func (p *testProxy) sendRawHalfClose(request string) string {
 func (p *testProxy) checkReleased() {
 	p.t.Helper()
 	waitFor(p.t, "the calls to end", func() bool {
-		return p.instance.running.oldestID() == 0 && p.instance.proxy.bodies.used.Load() == 0
+		return p.instance.running.count() == 0 && p.instance.proxy.bodies.used.Load() == 0
 	})
 }
 

@@ -152,8 +152,7 @@ type runningCalls struct {
 
 	mu       sync.Mutex
 	calls    map[*runningCall]struct{}
-	drainErr *apiError // not nil: new calls are refused with it
-	draining atomic.Bool
+	draining atomic.Bool // new calls are refused
 	wait     sync.WaitGroup
 }
 
@@ -165,11 +164,11 @@ func newRunningCalls(limits callLimits) *runningCalls {
 func (rc *runningCalls) add(c *runningCall) error {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
-	if rc.drainErr != nil {
-		return rc.drainErr
+	if rc.draining.Load() {
+		return errDraining
 	}
 	if int64(len(rc.calls)) >= rc.limits.maxCalls {
-		return errTooManyCalls()
+		return errTooManyCalls
 	}
 	rc.calls[c] = struct{}{}
 	rc.wait.Add(1)
@@ -193,24 +192,11 @@ func (rc *runningCalls) count() int64 {
 	return int64(len(rc.calls))
 }
 
-// oldestID returns the id of the oldest running call, 0 if there is none.
-func (rc *runningCalls) oldestID() int64 {
-	rc.mu.Lock()
-	defer rc.mu.Unlock()
-	var oldest int64
-	for c := range rc.calls {
-		if oldest == 0 || c.id < oldest {
-			oldest = c.id
-		}
-	}
-	return oldest
-}
-
 // snapshot counts the running calls by phase.
 func (rc *runningCalls) snapshot() runningSnapshot {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
-	s := runningSnapshot{phases: make([]phaseCount, len(phaseNames)), draining: rc.drainErr != nil}
+	s := runningSnapshot{phases: make([]phaseCount, len(phaseNames)), draining: rc.draining.Load()}
 	for i, name := range phaseNames {
 		s.phases[i].phase = name
 	}
@@ -306,11 +292,9 @@ func (p *callProgress) tooSlow(now, start time.Time, limits *callLimits) bool {
 // drain refuses new calls from now on and waits for the running ones. When ctx ends it aborts them, and waits
 // up to drainGracePeriod until they are settled.
 func (rc *runningCalls) drain(ctx context.Context) {
-	reason := errDraining()
-	rc.mu.Lock()
-	rc.drainErr = reason
-	rc.mu.Unlock()
+	rc.mu.Lock() // no call is being added
 	rc.draining.Store(true)
+	rc.mu.Unlock()
 	done := make(chan struct{})
 	go func() { rc.wait.Wait(); close(done) }() // ends with the last call, or with the program
 	select {
@@ -321,7 +305,7 @@ func (rc *runningCalls) drain(ctx context.Context) {
 	again := time.NewTicker(watchInterval) // a call may start to wait for its client just after it was aborted
 	defer again.Stop()
 	for giveUp := time.After(drainGracePeriod); ; {
-		abortAll(rc.endingCalls(func(*runningCall) *apiError { return reason }))
+		abortAll(rc.endingCalls(func(*runningCall) *apiError { return errDraining }))
 		select {
 		case <-done:
 			return

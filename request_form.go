@@ -8,7 +8,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -547,10 +546,7 @@ func (f *billedFields) setGeminiBilled(body []byte) {
 
 // withGeminiModel returns a body that scanGemini has accepted with another model in each place that names one.
 func withGeminiModel(body []byte, model string) []byte {
-	name, err := json.Marshal("models/" + model)
-	if err != nil { // cannot happen: a string
-		return body
-	}
+	name := mustMarshal("models/" + model)
 	var out []byte
 	from := 0
 	_, _ = scanObject(body, func(s *bodyScanner, f *callFields) {

@@ -18,7 +18,6 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/binary"
-	"encoding/json"
 	"fmt"
 	"math"
 	"math/bits"
@@ -146,11 +145,7 @@ func withModel(body []byte, f callFields, usageAdded bool, model string) []byte 
 		s.from, s.to = s.from+shift, s.to+shift
 	}
 	if s.text == "" {
-		name, err := json.Marshal(model)
-		if err != nil { // cannot happen: a string
-			return body
-		}
-		model = string(name)
+		model = string(mustMarshal(model))
 	}
 	return s.apply(body, model)
 }

@@ -136,7 +136,7 @@ func TestHTTP2Floods(t *testing.T) {
 		}
 		conn.Close()
 		waitFor(t, "the end of all calls after "+name, func() bool {
-			return p.instance.running.oldestID() == 0 && p.instance.metrics.openConnections.Load() == 0
+			return p.instance.running.count() == 0 && p.instance.metrics.openConnections.Load() == 0
 		})
 	}
 	if n := most.Load(); n > 300 {

@@ -242,6 +242,21 @@ func collect[T any](ctx context.Context, db querier, doing string, columns func(
 	return out, nil
 }
 
+// collectMap returns the rows of a query with two columns by the first of these.
+func collectMap[K comparable, V any](ctx context.Context, db querier, doing, query string, args ...any,
+) (map[K]V, error) {
+	type entry struct {
+		key   K
+		value V
+	}
+	rows, err := collect(ctx, db, doing, func(e *entry) []any { return []any{&e.key, &e.value} }, query, args...)
+	out := make(map[K]V, len(rows))
+	for _, e := range rows {
+		out[e.key] = e.value
+	}
+	return out, err
+}
+
 // single is the columns of a row of one column.
 func single[T any](value *T) []any { return []any{value} }
 

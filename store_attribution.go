@@ -59,7 +59,7 @@ func (s *store) beginReport(ctx context.Context) (end func(), err error) {
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	case <-timer.C:
-		return nil, errTooManyReports()
+		return nil, errTooManyReports
 	}
 }
 
@@ -129,11 +129,7 @@ func (s *store) splitByValue(ctx context.Context, q *usageQuery, all map[usageKe
 	for i := range top {
 		values[i] = top[i].name
 	}
-	list, err := json.Marshal(values)
-	if err != nil {
-		return nil, fmt.Errorf("adding up an attribute: %w", err)
-	}
-	groups, err := s.sumAttributed(ctx, q, string(list))
+	groups, err := s.sumAttributed(ctx, q, string(mustMarshal(values)))
 	if err != nil {
 		return nil, err
 	}

@@ -5,7 +5,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -627,12 +626,9 @@ func (s *store) recentUse(ctx context.Context, seqs []int64, now int64, query st
 	if len(seqs) == 0 {
 		return nil, nil
 	}
-	list, err := json.Marshal(seqs)
-	if err != nil {
-		return nil, fmt.Errorf("listing recent use: %w", err)
-	}
 	from := recentFrom(now)
-	rows, err := collect(ctx, s.readDB, "listing recent use", (*listedUse).columns, query, string(list), from)
+	rows, err := collect(ctx, s.readDB, "listing recent use", (*listedUse).columns, query, string(mustMarshal(seqs)),
+		from)
 	found := map[int64]*recentUse{}
 	for _, row := range rows {
 		u := getOrInsert(found, row.seq)
@@ -649,37 +645,22 @@ func (s *store) latestCalls(ctx context.Context, projects []int64) (map[int64]in
 	if len(projects) == 0 {
 		return nil, nil
 	}
-	list, err := json.Marshal(projects)
-	if err != nil {
-		return nil, fmt.Errorf("listing latest calls: %w", err)
-	}
-	found := map[int64]int64{}
-	rows, err := collect(ctx, s.readDB, "listing latest calls",
-		func(p *[2]int64) []any { return []any{&p[0], &p[1]} }, `
+	return collectMap[int64, int64](ctx, s.readDB, "listing latest calls", `
 		SELECT CAST(value AS BIGINT), coalesce((SELECT max(id) FROM requests
-			WHERE project = CAST(value AS BIGINT)), 0) >> 21 FROM json_each(CAST(? AS TEXT)) j`, string(list))
-	for _, p := range rows {
-		found[p[0]] = p[1]
-	}
-	return found, err
+			WHERE project = CAST(value AS BIGINT)), 0) >> 21 FROM json_each(CAST(? AS TEXT)) j`,
+		string(mustMarshal(projects)))
 }
 
 // objectNames returns the names of projects, tokens, upstreams and management keys by their ids, as they are now.
 // Deleted ones have none.
 func (s *store) objectNames(ctx context.Context, ids []string) (map[string]string, error) {
-	list, err := json.Marshal(ids)
-	if err != nil || len(ids) == 0 {
-		return nil, err
+	if len(ids) == 0 {
+		return nil, nil
 	}
-	names := map[string]string{}
-	rows, err := collect(ctx, s.readDB, "reading names", func(p *[2]string) []any { return []any{&p[0], &p[1]} }, `
+	return collectMap[string, string](ctx, s.readDB, "reading names", `
 		WITH wanted (id) AS (SELECT atom FROM json_each(CAST(?1 AS TEXT)) j)
 		SELECT id, name FROM projects WHERE id IN (SELECT id FROM wanted) AND deleted_at IS NULL
 		UNION ALL SELECT id, name FROM tokens WHERE id IN (SELECT id FROM wanted)
 		UNION ALL SELECT id, name FROM upstreams WHERE id IN (SELECT id FROM wanted) AND deleted_at IS NULL
-		UNION ALL SELECT id, name FROM management_keys WHERE id IN (SELECT id FROM wanted)`, string(list))
-	for _, p := range rows {
-		names[p[0]] = p[1]
-	}
-	return names, err
+		UNION ALL SELECT id, name FROM management_keys WHERE id IN (SELECT id FROM wanted)`, string(mustMarshal(ids)))
 }

@@ -64,10 +64,7 @@ func (w *webhookRow) auditFields() []auditField {
 func (w *webhookRow) lists(eventType string) bool {
 	var types []string
 	_ = json.Unmarshal([]byte(w.events), &types) // the program wrote it
-	if slices.Contains(types, eventType) {
-		return true
-	}
-	return len(types) == 0
+	return len(types) == 0 || slices.Contains(types, eventType)
 }
 
 // listeningTo returns the webhooks that list a type and that only, if it is not nil, lets through.
@@ -244,15 +241,6 @@ func (h *hourSum) failed() (n int64) {
 		}
 	}
 	return n
-}
-
-// mustJSON returns the JSON of a value that cannot fail to have one.
-func mustJSON(v any) string {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return "null"
-	}
-	return string(b)
 }
 
 // summary returns what the notification says in a sentence.
@@ -602,11 +590,7 @@ func (s *store) notifiedUntil(ctx context.Context) (n notifiedUntil, err error) 
 }
 
 func (s *store) setNotifiedUntil(ctx context.Context, n notifiedUntil) error {
-	text, err := json.Marshal(n)
-	if err != nil {
-		return fmt.Errorf("storing the time of notifications: %w", err)
-	}
-	return s.setSetting(ctx, notifiedSetting, string(text))
+	return s.setSetting(ctx, notifiedSetting, string(mustMarshal(n)))
 }
 
 // forgetNotified says that there is no webhook, and nothing to look for.

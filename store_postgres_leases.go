@@ -10,7 +10,6 @@ import (
 	"cmp"
 	"context"
 	"database/sql"
-	"encoding/json"
 	"fmt"
 	"slices"
 )
@@ -44,13 +43,9 @@ func (r *leaseReply) columns() []any {
 // exchange makes one exchange with the accounts. It is called by one goroutine only. It returns errFenced if this
 // process may not write any more.
 func (l *postgresLeases) exchange(ctx context.Context, items []leaseItem) ([]leaseReply, error) {
-	text, err := json.Marshal(items)
-	if err != nil {
-		return nil, err
-	}
 	l.number++
 	replies, err := collect(ctx, l.db, "exchanging leases", (*leaseReply).columns, selectLeaseSync,
-		l.replica, l.epoch, l.number, l.channel(), string(text))
+		l.replica, l.epoch, l.number, l.channel(), string(mustMarshal(items)))
 	if err == nil && len(replies) < len(items) {
 		err = errFenced
 	}
@@ -107,10 +102,6 @@ func (l *postgresLeases) deleteAccounts(ctx context.Context, accounts []string) 
 
 // keepRules is leaseBackend.keepRules.
 func (l *postgresLeases) keepRules(ctx context.Context, project, token int64, rules []string) error {
-	text, err := json.Marshal(rules)
-	if err != nil {
-		return err
-	}
 	return l.store.withTx(ctx, func(tx *sql.Tx) error {
 		// The second statement sees the leases that were made while the first one waited for their accounts.
 		_, err := execEach(ctx, tx, "deleting the accounts of removed limits", []string{
@@ -121,7 +112,7 @@ func (l *postgresLeases) keepRules(ctx context.Context, project, token int64, ru
 					WHERE project = ? AND token = ? AND rule NOT IN (SELECT jsonb_array_elements_text(?::jsonb))
 					RETURNING account)
 				DELETE FROM limit_leases l USING old WHERE l.account = old.account`},
-			project, token, string(text))
+			project, token, string(mustMarshal(rules)))
 		return err
 	})
 }

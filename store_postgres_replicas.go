@@ -8,7 +8,6 @@ package main
 import (
 	"context"
 	"database/sql"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -248,10 +247,6 @@ type heartbeat struct {
 
 // sendBeat sends a heartbeat. If this process does not lead, it tries to take the lock of the leader.
 func (c *cluster) sendBeat(ctx context.Context, info *replicaInfo) (b heartbeat, err error) {
-	text, err := json.Marshal(info)
-	if err != nil {
-		return b, fmt.Errorf("describing this process: %w", err)
-	}
 	err = c.conn.QueryRowContext(ctx, `
 		WITH milliseconds AS (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now),
 			sent AS (UPDATE replica_beats SET beat = beat + 1, at = milliseconds.now,
@@ -264,7 +259,7 @@ func (c *cluster) sendBeat(ctx context.Context, info *replicaInfo) (b heartbeat,
 			CASE WHEN ?3::boolean THEN true WHEN EXISTS (SELECT 1 FROM sent) THEN pg_try_advisory_lock(?4, ?5)
 				ELSE false END
 		FROM milliseconds`,
-		c.db.replica, c.db.epoch, c.locked, postgresLockClass+lockLeader, c.db.lockKey, string(text)).
+		c.db.replica, c.db.epoch, c.locked, postgresLockClass+lockLeader, c.db.lockKey, string(mustMarshal(info))).
 		Scan(&b.at, &b.open, &b.leads)
 	if err != nil {
 		err = fmt.Errorf("sending a heartbeat: %w", err)

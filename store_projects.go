@@ -210,20 +210,9 @@ func (s *store) projectBySeq(ctx context.Context, seq int64) (projectRow, error)
 
 // projectVersions returns the versions of projects, by seq.
 func (s *store) projectVersions(ctx context.Context, seqs []int64) (map[int64]int64, error) {
-	text, err := json.Marshal(seqs)
-	if err != nil {
-		return nil, fmt.Errorf("reading the versions of projects: %w", err)
-	}
-	type row struct{ seq, version int64 }
-	rows, err := collect(ctx, s.readDB, "reading the versions of projects",
-		func(r *row) []any { return []any{&r.seq, &r.version} },
+	return collectMap[int64, int64](ctx, s.readDB, "reading the versions of projects",
 		`SELECT seq, version FROM projects WHERE seq IN (SELECT CAST(value AS BIGINT) FROM json_each(CAST(? AS TEXT)))`,
-		string(text))
-	versions := map[int64]int64{}
-	for _, r := range rows {
-		versions[r.seq] = r.version
-	}
-	return versions, err
+		string(mustMarshal(seqs)))
 }
 
 // countProjects counts deleted ones too: it answers whether the database was ever used.

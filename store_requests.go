@@ -7,7 +7,6 @@ package main
 import (
 	"context"
 	"database/sql"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/url"
@@ -402,13 +401,9 @@ func (s *store) cacheSize(ctx context.Context, project int64) (entries, bytes in
 
 // deleteCached deletes answers, and returns the ids of those that were there, and their bytes.
 func (s *store) deleteCached(ctx context.Context, ids []int64) (deleted []int64, bytes int64, err error) {
-	list, err := json.Marshal(ids)
-	if err != nil {
-		return nil, 0, fmt.Errorf("deleting cached answers: %w", err)
-	}
 	return s.deleteCacheRows(ctx, `
 		DELETE FROM cache WHERE id IN (SELECT CAST(value AS BIGINT) FROM json_each(CAST(? AS TEXT)))
-		RETURNING id, size`, string(list))
+		RETURNING id, size`, string(mustMarshal(ids)))
 }
 
 // deleteExpiredCached deletes up to limit answers that expire at now or earlier.

@@ -619,15 +619,7 @@ func checkModelName(param, name string) error {
 	return nil
 }
 
-func (r routing) String() string { return marshalSettings(r) }
-
-func marshalSettings(v any) string {
-	b, err := json.Marshal(v)
-	if err != nil { // impossible: strings, numbers and bools
-		return "{}"
-	}
-	return string(b)
-}
+func (r routing) String() string { return string(mustMarshal(r)) }
 
 // fallbackFor returns the model to fall back to from a model, "" if there is none.
 func (r *routing) fallbackFor(model string) string {
@@ -690,4 +682,4 @@ type upstreamSettings struct {
 	Note              string `json:"note,omitzero"`
 }
 
-func (u *upstreamSettings) String() string { return marshalSettings(u) }
+func (u *upstreamSettings) String() string { return string(mustMarshal(u)) }
