@@ -18,6 +18,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"math"
 	"math/bits"
@@ -61,10 +62,8 @@ type callFields struct {
 	prompt         promptParts
 	usageSplice    splice // adds include_usage
 	usageBefore    string // what usageSplice replaces
-	// modelSplice is where the model is: a JSON string, or with text "form" a form field's value. If to is 0,
-	// the body has no model that can be replaced.
-	modelSplice splice
-	identity    bodyIdentity
+	modelSplice    splice // where a model is: a JSON string, or with text "form" a form field's value
+	identity       bodyIdentity
 }
 
 // A splice replaces body[from:to] by text. If text is "", nothing is replaced.
@@ -178,8 +177,13 @@ func (f *callFields) setField(name string, raw []byte) *bodyError {
 		if string(raw) != "null" && string(raw) != "false" {
 			f.setStateful(name)
 		}
-	case "models", "fallbacks", "context_window_fallbacks", "content_policy_fallbacks", "extra_body", "preset":
+	case "models", "fallbacks", "context_window_fallbacks", "content_policy_fallbacks", "preset":
 		if string(raw) != "null" {
+			f.modelListParam = cmp.Or(f.modelListParam, name)
+		}
+	case "extra_body": // "google" has options of Google's OpenAI-compatible API, and no model
+		var options map[string]json.RawMessage
+		if json.Unmarshal(raw, &options) != nil || len(options) > 1 || len(options) == 1 && options["google"] == nil {
 			f.modelListParam = cmp.Or(f.modelListParam, name)
 		}
 	}

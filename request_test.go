@@ -362,6 +362,9 @@ func TestScanJSON(t *testing.T) {
 			modelListParam: "context_window_fallbacks"}},
 		{`{"content_policy_fallbacks":[]}`, callFields{n: 1, modelListParam: "content_policy_fallbacks"}},
 		{`{"ext\u0072a_body":{"model":"b"}}`, callFields{n: 1, modelListParam: "extra_body"}},
+		{`{"extra_body":"model"}`, callFields{n: 1, modelListParam: "extra_body"}},
+		{`{"extra_body":{"google":{},"models":["b"]}}`, callFields{n: 1, modelListParam: "extra_body"}},
+		{`{"extra_body":{"google":{"thinking_config":{"thinking_budget":0}}}}`, callFields{n: 1}},
 		{`{"x":{"extra_body":{}},"extra_body":null,"preset":"p"}`, callFields{n: 1, modelListParam: "preset"}},
 		{`{"user":1,"user":2,"model_s":["x"],"model_":0,"":0,"nn":0}`, callFields{n: 1}},
 	} {
