@@ -138,20 +138,17 @@ func (s *store) readDashboard(ctx context.Context, q *dashQuery) (*dashData, err
 	d := &dashData{}
 	err := inParallel(
 		func() (err error) {
-			err = d.readUsage(ctx, s, q)
+			d.steps, err = s.hourSumsByStep(ctx, q.projectSeq, q.from, q.to, q.stepMS)
 			for i := range d.steps {
 				d.total.merge(&d.steps[i])
 			}
 			return err
 		},
 		func() (err error) {
-			if d.previous, err = s.sumHours(ctx, q.projectSeq, q.prevFrom, q.prevTo); err != nil {
-				return err
-			}
-			d.endpoints, err = s.usageShares(ctx, q.usageQuery(usageQuery{hourly: q.grain == "hour", byEndpoint: true}))
-			q.sortLargestFirst(d.endpoints)
+			d.previous, err = s.sumHours(ctx, q.projectSeq, q.prevFrom, q.prevTo)
 			return err
 		},
+		func() error { return d.readLabels(ctx, s, q) },
 		func() error { return d.readProjects(ctx, s, q) },
 		func() error { return d.readAttributes(ctx, s, q) },
 		func() (err error) {

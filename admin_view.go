@@ -569,12 +569,41 @@ const (
 	maxDashboardSums     = 100_000 // of an attribute that are read for a dashboard
 )
 
-// readAttributes reads the usage of each service tier, and the largest values of each attribute.
-func (d *dashData) readAttributes(ctx context.Context, s *store, q *dashQuery) (err error) {
-	d.tierPoints, err = s.usage(ctx, q.usageQuery(usageQuery{interval: q.grain, byServiceTier: true}))
+// readLabels reads the usage of each step by model and by service tier, and that of each endpoint. Where models are
+// many, so are the sums: they are read once, and added up here.
+func (d *dashData) readLabels(ctx context.Context, s *store, q *dashQuery) error {
+	groups, err := s.usageGroups(ctx, q.usageQuery(usageQuery{interval: q.grain, byModel: true, byEndpoint: true,
+		byServiceTier: true}))
 	if err != nil {
 		return err
 	}
+	type key struct {
+		at int64
+		usageLabels
+	}
+	models, tiers, endpoints := map[key]*usageSum{}, map[key]*usageSum{}, map[string]*usageTotals{}
+	for k, sum := range groups {
+		getOrInsert(models, key{k.at, usageLabels{model: k.model}}).merge(*sum)
+		getOrInsert(tiers, key{k.at, usageLabels{serviceTier: k.serviceTier}}).merge(*sum)
+		getOrInsert(endpoints, k.endpoint).add(sum.totals())
+	}
+	rows := func(sums map[key]*usageSum) []usageRow {
+		list := make([]usageRow, 0, len(sums))
+		for k, sum := range sums {
+			list = append(list, usageRow{usageKey{at: k.at, usageLabels: k.usageLabels}, *sum})
+		}
+		return list
+	}
+	d.modelPoints, d.tierPoints = rows(models), rows(tiers)
+	for name, totals := range endpoints {
+		d.endpoints = append(d.endpoints, usageShare{name: name, usageTotals: *totals})
+	}
+	q.sortLargestFirst(d.endpoints)
+	return nil
+}
+
+// readAttributes reads the usage of the largest values of each attribute.
+func (d *dashData) readAttributes(ctx context.Context, s *store, q *dashQuery) error {
 	names, err := s.usedAttributes(ctx, q.projectID, maxAttributeRankings)
 	if isAttribute(q.groupBy) && !slices.Contains(names, q.groupBy) {
 		names = append(names, q.groupBy)

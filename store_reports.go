@@ -78,6 +78,17 @@ var errTooManyRows = errors.New("too many rows")
 // it reads one range in the table's own order, in which SQLite adds up as it reads: sorting all rows
 // together costs many times as much.
 func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
+	groups, err := s.usageGroups(ctx, q)
+	out := make([]usageRow, 0, len(groups))
+	for k, v := range groups {
+		out = append(out, usageRow{k, *v})
+	}
+	slices.SortFunc(out, func(a, b usageRow) int { return a.compare(&b.usageKey) })
+	return out, err
+}
+
+// usageGroups returns what usage does, in no order.
+func (s *store) usageGroups(ctx context.Context, q usageQuery) (map[usageKey]*usageSum, error) {
 	scopes, err := s.usageScopes(ctx, &q)
 	if err != nil {
 		return nil, err
@@ -89,15 +100,7 @@ func (s *store) usage(ctx context.Context, q usageQuery) ([]usageRow, error) {
 	if err == nil && q.attribute != "" {
 		groups, err = s.reportByValue(ctx, &q, groups)
 	}
-	if err != nil {
-		return nil, err
-	}
-	out := make([]usageRow, 0, len(groups))
-	for k, v := range groups {
-		out = append(out, usageRow{k, *v})
-	}
-	slices.SortFunc(out, func(a, b usageRow) int { return a.compare(&b.usageKey) })
-	return out, nil
+	return groups, err
 }
 
 // sumScopes adds up the sums of scopes. With inSQL, SQLite does most of it, and fails if a sum overflows; otherwise
