@@ -519,7 +519,7 @@ func (ui *adminUI) fillTokens(r *pageRequest, v *tokensView, q tokenListQuery) e
 	v.addColumns(r, shown, sortColumn{"Token", tokensByName, ""}, sortColumn{"Project", "", ""},
 		sortColumn{"State", "", ""}, sortColumn{"Expires", tokensByEnd, ""}, sortColumn{"Last used", "-used", ""},
 		sortColumn{"Calls, 30 days", "-calls", "num"}, sortColumn{"Cost, 30 days", "-cost", "num"},
-		sortColumn{"Created", tokensNewest, ""})
+		sortColumn{"Created", tokensNewest, "extra"})
 	v.NoTokens = len(v.Tokens) == 0 && v.Next == "" && !v.LaterPage && v.Project == "" && v.Name == "" &&
 		v.State == "" && v.Search == ""
 	return errors.Join(ui.totalTokens(r, v, isSorted), ui.nameProjects(r, v.Tokens))

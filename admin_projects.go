@@ -92,8 +92,8 @@ func (ui *adminUI) fillProjects(r *pageRequest, v *projectsView, q projectListQu
 	v.addColumns(r, order, sortColumn{"Project", "name", ""}, sortColumn{"State", "", ""},
 		sortColumn{"Upstreams", "", ""}, sortColumn{"Latest call", "-used", ""},
 		sortColumn{"Calls, 30 days", "-calls", "num"}, sortColumn{"Cost, 30 days", "-cost", "num"},
-		sortColumn{"Created", tokensOldest, ""},
-		sortColumn{"Changed", "-changed", ""})
+		sortColumn{"Created", tokensOldest, "extra"},
+		sortColumn{"Changed", "-changed", "extra"})
 	v.NoProjects = len(v.Projects) == 0 && !v.LaterPage && v.Search == "" && v.Active == "" && q.prefix == ""
 	return err
 }
