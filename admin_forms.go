@@ -31,6 +31,8 @@ type pageForm struct {
 	Once                   string // names this copy of a form that creates a secret: it is carried out once
 	Hidden                 []labeledValue
 	Fields                 []*formField
+	Folded, FoldedAbout    string // the title of fields that are folded away, and what they are about; "": none
+	FoldedOpen             bool   // they are shown at once
 	HasAdvanced, IsOpen    bool   // it has advanced fields; they are shown at once
 	Advanced               string // what these are about
 }
@@ -43,7 +45,7 @@ type formField struct {
 	Help                     string // names a text of templates/parts/help.html
 	Options                  []option
 	Required, Checked, Short bool
-	Advanced                 bool   // it is hidden until someone opens the advanced fields
+	Advanced, Folded         bool   // it is hidden until someone opens the advanced fields, or the folded ones
 	Default                  string // the value, besides an empty one, with which they stay closed
 	Note                     string // is shown below the field
 	Heading, HeadingHelp     string // of the fields that begin with it, and the name of a text about them
@@ -73,7 +75,11 @@ func (f *pageForm) setAdvanced(about string, names ...string) {
 	}
 }
 
-// openAdvanced opens the advanced fields if one of them is not as it is by default, or has a mistake.
+// enterAgain is the note of a password that was sent.
+const enterAgain = "Enter it again: it does not come back to the browser."
+
+// openAdvanced opens the advanced fields if one of them is not as it is by default, or has a mistake, and the folded
+// ones if one of them was sent, or has a mistake.
 func (v *formView) openAdvanced() {
 	f := v.Form
 	fields := f.Fields
@@ -83,6 +89,7 @@ func (v *formView) openAdvanced() {
 	for _, field := range fields {
 		f.HasAdvanced = f.HasAdvanced || field.Advanced
 		f.IsOpen = f.IsOpen || field.Advanced && !field.isDefault()
+		f.FoldedOpen = f.FoldedOpen || field.Folded && (field.Error != "" || field.Note == enterAgain)
 	}
 }
 
@@ -187,7 +194,7 @@ func (f *pageForm) fill(sent, stored url.Values) {
 		switch field.Kind {
 		case "password":
 			if sent.Get(field.Name) != "" {
-				field.Note = "Enter it again: it does not come back to the browser."
+				field.Note = enterAgain
 			}
 		case "checkbox":
 			field.Checked = values.Get(field.Name) != ""
@@ -198,29 +205,28 @@ func (f *pageForm) fill(sent, stored url.Values) {
 }
 
 // decode puts the form into the fields of an operation's input, by name. Fields that the input does not
-// have are left to the page. The error has the mistakes of all fields.
-func (f *pageForm) decode(form url.Values, input map[string]any) error {
-	var mistakes []error
+// have are left to the page.
+func (f *pageForm) decode(form url.Values, input map[string]any) {
 	for _, field := range f.Fields {
-		to := input[field.Name]
-		if to == nil {
-			continue
+		if to := input[field.Name]; to != nil {
+			field.decode(strings.ToValidUTF8(form.Get(field.Name), "\ufffd"), to)
 		}
-		mistakes = append(mistakes, field.decode(strings.ToValidUTF8(form.Get(field.Name), "\ufffd"), to))
 	}
-	return errors.Join(mistakes...)
 }
 
-func (field *formField) decode(text string, to any) error {
+// decode puts the text of the field into an optional. Text that cannot be read is a mistake of the optional, so that
+// the operation refuses it together with the mistakes of other fields.
+func (field *formField) decode(text string, to any) {
 	if text == "" && field.Empty == emptyOmitted {
-		return nil
+		return
 	}
+	mistake := func(msg string) error { return &fieldError{field.Name, msg} }
 	null := text == "" && field.Empty == emptyNull
 	switch to := to.(type) {
 	case *optional[string]:
 		if field.Kind == "datetime-local" {
 			if text != "" && text == field.stored {
-				return nil // stays as it is, to the millisecond, even in the past
+				return // stays as it is, to the millisecond, even in the past
 			}
 			text = formTimeToRFC3339(text)
 		}
@@ -235,36 +241,36 @@ func (field *formField) decode(text string, to any) error {
 	case *optional[bool]:
 		*to = given(text != "")
 	case *optional[int64]:
-		n, err := strconv.ParseInt(strings.ReplaceAll(strings.TrimSpace(text), ",", ""), 10, 64)
-		if err != nil && text != "" {
-			return &fieldError{field.Name, "must be a whole number"}
-		}
+		n, err := strconv.ParseInt(ungroupDigits(text), 10, 64)
 		*to = optional[int64]{set: true, null: null, value: n}
+		if err != nil && text != "" {
+			to.mistake = mistake("must be a whole number")
+		}
 	case *optional[[]string]:
 		*to = given(splitLines(text))
 	case *optional[json.RawMessage]:
 		if field.Kind == "json" {
-			if !json.Valid([]byte(text)) {
-				return &fieldError{field.Name, "must be JSON such as " + field.Placeholder}
-			}
 			*to = given(json.RawMessage(strings.TrimSpace(text)))
-			return nil
+			if !json.Valid(to.value) {
+				to.mistake = mistake("must be JSON such as " + field.Placeholder)
+			}
+			return
 		}
 		if field.Kind != "pairs" {
 			*to = optional[json.RawMessage]{set: true, null: null, value: jsonNumber(text)}
-			return nil
+			return
 		}
 		pairs := map[string]string{}
 		for _, line := range splitLines(text) {
 			key, value, ok := strings.Cut(line, "=")
 			if !ok {
-				return &fieldError{field.Name, "must have lines such as " + field.Placeholder}
+				to.set, to.mistake = true, mistake("must have lines such as "+field.Placeholder)
+				return
 			}
 			pairs[strings.TrimSpace(key)] = strings.TrimSpace(value)
 		}
 		*to = given(mustMarshal(pairs))
 	}
-	return nil
 }
 
 // A formView is the data of templates/form.html.
@@ -307,12 +313,10 @@ func (ui *adminUI) submit(r *pageRequest, title string, v *formView, stored url.
 		page.template, page.title, page.status = "sent", "Form already submitted", http.StatusConflict
 		return page, nil
 	}
-	err := v.decode(r, input)
+	v.decode(r, input)
+	next, err := run()
 	if err == nil {
-		var next *pageResponse
-		if next, err = run(); err == nil {
-			return next, nil
-		}
+		return next, nil
 	}
 	page.status, err = v.Form.showErrors(err, v.Policy)
 	return page, err
@@ -341,12 +345,11 @@ func (ui *adminUI) sentValues(r *pageRequest, v *formView, stored url.Values) (s
 }
 
 // decode puts the form into an operation's input, by name.
-func (v *formView) decode(r *pageRequest, input map[string]any) error {
-	err := v.Form.decode(r.form, input)
+func (v *formView) decode(r *pageRequest, input map[string]any) {
+	v.Form.decode(r.form, input)
 	if to, ok := input["policy"].(*optional[json.RawMessage]); ok && v.Policy != nil {
 		*to = given(v.Policy.encode(r.form))
 	}
-	return err
 }
 
 // A confirmView is the data of templates/confirm.html: a page that asks before it does something.
@@ -404,10 +407,10 @@ func displayJSON(raw json.RawMessage) string {
 	return string(raw)
 }
 
-// jsonNumber returns a typed number as JSON; commas and a dollar sign are allowed. Other text
+// jsonNumber returns a typed number as JSON; a dollar sign and commas between thousands are allowed. Other text
 // becomes a JSON string, for the operation to refuse.
 func jsonNumber(text string) json.RawMessage {
-	number := strings.TrimPrefix(strings.ReplaceAll(strings.TrimSpace(text), ",", ""), "$")
+	number := ungroupDigits(strings.TrimPrefix(strings.TrimSpace(text), "$"))
 	if number != "" && strings.Trim(number, "0123456789.") == "" && json.Valid([]byte(number)) {
 		return json.RawMessage(number)
 	}
@@ -559,20 +562,23 @@ func routingValues(p *projectView) url.Values {
 }
 
 // encodeRouting returns the routing that was sent. Fallbacks are a list: their order counts.
-func encodeRouting(form url.Values) (json.RawMessage, error) {
-	fallbacks := []map[string]string{}
+func encodeRouting(form url.Values) (to optional[json.RawMessage]) {
+	fallbacks, aliases, mistakes := []map[string]string{}, map[string][]string{}, []error(nil)
 	for _, line := range splitLines(form.Get("routing.fallbacks")) {
 		model, to, ok := strings.Cut(line, "=")
 		if !ok {
-			return nil, &fieldError{"routing.fallbacks", "must have lines such as gpt-4o* = gpt-4o-mini"}
+			mistakes = append(mistakes, &fieldError{"routing.fallbacks",
+				"must have lines such as gpt-4o* = gpt-4o-mini"})
+			break
 		}
 		fallbacks = append(fallbacks, map[string]string{"model": strings.TrimSpace(model), "to": strings.TrimSpace(to)})
 	}
-	aliases := map[string][]string{}
 	for _, line := range splitLines(form.Get("routing.aliases")) {
 		name, list, ok := strings.Cut(line, "=")
 		if name = strings.TrimSpace(name); !ok || aliases[name] != nil {
-			return nil, &fieldError{"routing.aliases", "must have lines such as fast = gpt-5-mini, and no name twice"}
+			mistakes = append(mistakes, &fieldError{"routing.aliases",
+				"must have lines such as fast = gpt-5-mini, and no name twice"})
+			break
 		}
 		for model := range strings.SplitSeq(list, ",") {
 			aliases[name] = append(aliases[name], strings.TrimSpace(model))
@@ -587,7 +593,7 @@ func encodeRouting(form url.Values) (json.RawMessage, error) {
 	if affinity := form.Get("routing.affinity"); affinity != "" && affinity != affinityBySession { // the default
 		routing["affinity"] = affinity
 	}
-	return mustMarshal(routing), nil
+	return optional[json.RawMessage]{set: true, value: mustMarshal(routing), mistake: errors.Join(mistakes...)}
 }
 
 // A formMistake is a line of the summary above a form, and the HTML id of the input that it links to.
@@ -674,7 +680,7 @@ func (f *pageForm) showFieldError(fields []*formField, fe *fieldError) bool {
 // inWords replaces the words of the API in a message by those of the form: the labels of its fields, and an empty
 // field for null.
 func (f *pageForm) inWords(msg string) string {
-	words := []string{"or null", "or empty", "not null", "not empty"}
+	words := []string{"or null", "or empty", "not null", "not empty", "leave cache out", "leave it empty"}
 	for _, field := range f.Fields {
 		if strings.Contains(field.Name, "_") {
 			words = append(words, field.Name, "“"+field.Label+"”")

@@ -386,6 +386,20 @@ func TestAdminMistakesSummary(t *testing.T) {
 			map[string]string{"f-api_key": "New API key is required again when “Base URL” changes."}},
 		{upstream, map[string]string{"priority": "x", "weight": "y", "connect_ms": "z"}, "priority", map[string]string{
 			"f-priority": "must be a whole number", "f-weight": "must be a whole number", "f-connect_ms": "whole"}},
+		// Numbers that cannot be read, such as those with a decimal comma, are among the other mistakes.
+		{upstream, map[string]string{"name": "", "priority": "1e99", "rewrite": "x"}, "name", map[string]string{
+			"f-name": "required", "f-priority": "whole", "f-rewrite": "lines"}},
+		{"/admin/tokens/new", map[string]string{"name": "", "idle_expiry_minutes": "1,5", "policy.addresses": "x",
+			"policy.limits[0].max": "1,5", "policy.limits[1].max": "1e99", "policy.limits[1].count": "requests",
+			"policy.limits[1].per": "day", "policy.models": "a*b"}, "name", map[string]string{"f-name": "required",
+			"f-policy-models": "may have *", "limit-0-max": "Limit 1: Maximum", "limit-1-max": "Limit 2: Maximum",
+			"f-idle_expiry_minutes": "must be a whole number", "f-policy-addresses": "must have networks"}},
+		{"/admin/projects/new", map[string]string{"name": "x", "cost_multiplier": "1,5", "routing.aliases": "x",
+			"policy.keep_content_days": "abc", "policy.cache.ttl_seconds": "1,5", "policy.cache.max_entry_bytes": "x",
+			"policy.attribution.required": "x"}, "routing.aliases", map[string]string{"f-routing-aliases": "lines",
+			"f-cost_multiplier": "must be a number", "f-policy-keep_content_days": "must be a whole number",
+			"f-policy-cache-ttl_seconds": "whole", "f-policy-cache-max_entry_bytes": "must be a whole number",
+			"f-policy-attribution-required": "must list"}},
 	} {
 		form := parseForm(t, b.get(c.path).body)
 		for name, value := range c.set {
@@ -393,6 +407,11 @@ func TestAdminMistakesSummary(t *testing.T) {
 		}
 		res := b.post(c.path, form)
 		page := html.UnescapeString(res.body)
+		for name, value := range parseForm(t, res.body) {
+			if form.Get(name) != value[0] && name != "once" {
+				t.Errorf("%s with %v: %s came back as %q", c.path, c.set, name, value)
+			}
+		}
 		_, summary, _ := strings.Cut(page, `role="alert"`)
 		summary, _, _ = strings.Cut(summary, "</ul>")
 		if res.status != 400 || strings.Count(summary, "<li>") != len(c.links) || len(checkHTML(res.body)) > 0 {

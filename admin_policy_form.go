@@ -31,7 +31,8 @@ type policyForm struct {
 	FocusAdd         bool   // the button that adds a limit gets the focus
 	Problem          string // with the limits as a whole
 	stored           json.RawMessage
-	addsLimit        bool // an empty row is added, which gets the focus
+	addsLimit        bool     // an empty row is added, which gets the focus
+	unreadable       []string // names of fields for whole numbers with other text
 }
 
 // newLimitIndex stands for the index in the row that the script copies.
@@ -286,7 +287,8 @@ func (p *policyForm) encode(sent url.Values) json.RawMessage {
 		set(name, list, len(list) > 0 || sent.Get("policy."+name+".none") != "")
 	}
 	days := strings.TrimSpace(sent.Get("policy.keep_content_days"))
-	set("keep_content_days", jsonNumber(days), p.Settings != nil && days != "" && days != "0")
+	set("keep_content_days", p.wholeNumber("policy.keep_content_days", days),
+		p.Settings != nil && days != "" && days != "0")
 	set("stateful", true, p.Settings != nil && sent.Get("policy.stateful") != "")
 	if p.Cache != nil {
 		cache := p.encodeCache(sent)
@@ -310,6 +312,15 @@ func (p *policyForm) encode(sent url.Values) json.RawMessage {
 	return mustMarshal(out)
 }
 
+// wholeNumber returns a typed number; -1, which the operations refuse, for other text.
+func (p *policyForm) wholeNumber(name, text string) int64 {
+	n, err := strconv.ParseInt(ungroupDigits(text), 10, 64)
+	if err != nil {
+		p.unreadable, n = append(p.unreadable, name), -1
+	}
+	return n
+}
+
 // encodeCache returns the cache policy that was sent, without what has its default; nil: no cache. A stored one is
 // turned off by leaving its time empty. For a new one that is a mistake, if anything else is given.
 func (p *policyForm) encodeCache(sent url.Values) map[string]any {
@@ -324,7 +335,7 @@ func (p *policyForm) encodeCache(sent url.Values) map[string]any {
 		switch {
 		case text == "" || field.Kind == "select" && text == field.Options[0].Value:
 		case field.Kind == "number":
-			cache[name] = jsonNumber(text)
+			cache[name] = p.wholeNumber(field.Name, text)
 		case field.Kind == "lines":
 			cache[name] = splitLines(text)
 		default:
@@ -370,6 +381,9 @@ func (p *policyForm) showError(f *pageForm, err error) bool {
 	fe, ok := errors.AsType[*fieldError](err)
 	if !ok {
 		return false
+	}
+	if slices.Contains(p.unreadable, fe.param) {
+		fe = &fieldError{fe.param, "must be a whole number"}
 	}
 	rest, ok := strings.CutPrefix(fe.param, "policy.limits")
 	if !ok {
@@ -536,15 +550,28 @@ func (ui *adminUI) fillLikeProject(r *pageRequest, v *formView) (title string, v
 	if len(v.likes) > 0 {
 		v.Form.Fields = v.Form.Fields[:1]
 	}
+	names, areFolded := make([]string, len(v.likes)), len(v.likes) > maxUnfoldedKeys
 	for i, u := range v.likes {
-		v.Form.Fields = append(v.Form.Fields, &formField{Name: likeKeyField(i), Label: "API key of " + u.Name,
-			Kind: "password", Note: fmt.Sprintf("For %s. Leave it empty to create the project without this upstream.",
-				u.BaseURL)})
+		field := &formField{Name: likeKeyField(i), Label: "API key of " + u.Name, Kind: "password",
+			Note: "For " + u.BaseURL + ".", Folded: areFolded}
+		if !areFolded { // otherwise it is said once for all
+			field.Note += " Leave it empty to create the project without this upstream."
+		}
+		v.Form.Fields, names[i] = append(v.Form.Fields, field), u.Name
+	}
+	if areFolded {
+		v.Form.Folded = fmt.Sprintf("API keys of %d upstreams", len(v.likes))
+		v.Form.FoldedAbout = strings.Join(names[:min(len(names), maxFoldedNames)], ", ")
+		if n := len(names) - maxFoldedNames; n > 0 {
+			v.Form.FoldedAbout += fmt.Sprintf(" and %d more", n)
+		}
 	}
 	values = routingValues(&model)
 	values.Del("name")
 	return "New project like " + model.Name, values, nil
 }
+
+const maxUnfoldedKeys, maxFoldedNames = 3, 8 // more keys are folded away, below the names of the first
 
 func likeKeyField(i int) string { return fmt.Sprintf("upstreams[%d].api_key", i) }
 
@@ -573,20 +600,24 @@ func (ui *adminUI) addLikeUpstreams(r *pageRequest, v *formView, in *projectInpu
 	return keyFields, nil
 }
 
-// qualifyLikeError makes a mistake in an upstream that was copied one of the field with its key.
-func qualifyLikeError(keyFields []string, err error) error {
-	fe, ok := errors.AsType[*fieldError](err)
-	if !ok {
-		return err
-	}
-	for i, name := range keyFields {
-		if member, isOf := strings.CutPrefix(fe.param, fmt.Sprintf("upstreams[%d].", i)); isOf && member == "api_key" {
-			return &fieldError{name, fe.msg}
-		} else if isOf {
-			return &fieldError{name, "cannot be stored, because " + member + " " + fe.msg}
+// qualifyLikeErrors makes each mistake in an upstream that was copied one of the field with its key.
+func qualifyLikeErrors(keyFields []string, err error) error {
+	mistakes := splitMistakes(err)
+	for k, mistake := range mistakes {
+		fe, ok := errors.AsType[*fieldError](mistake)
+		for i, name := range keyFields {
+			if !ok {
+				break
+			}
+			member, isOf := strings.CutPrefix(fe.param, fmt.Sprintf("upstreams[%d].", i))
+			if isOf && member == "api_key" {
+				mistakes[k] = &fieldError{name, fe.msg}
+			} else if isOf {
+				mistakes[k] = &fieldError{name, "cannot be stored, because " + member + " " + fe.msg}
+			}
 		}
 	}
-	return err
+	return errors.Join(mistakes...)
 }
 
 // fillLikeToken fills the form of a new token in with what the token has that the address names.
@@ -653,25 +684,14 @@ func (f *pageForm) sortMistakes(policy *policyForm) {
 
 // limitFieldLabel returns the label of a limit's field.
 func limitFieldLabel(name string) string {
-	switch name {
-	case "count":
-		return "Metric"
-	case "max":
-		return "Maximum"
-	case "per":
-		return "Period"
-	case "shadow":
-		return "Monitor only"
-	case "for_each":
-		return "For each"
-	case "max_values":
-		return "Values"
-	}
-	return capitalize(name)
+	labels := map[string]string{"count": "Metric", "max": "Maximum", "per": "Period", "shadow": "Monitor only",
+		"for_each": "For each", "max_values": "Values"}
+	return cmp.Or(labels[name], capitalize(name))
 }
 
 // limitWords replaces the words of the API in a message about a limit by those of the form.
 func limitWords() *strings.Replacer {
 	return strings.NewReplacer("lifetime", "in total", "or concurrent", "or concurrent calls",
-		"with concurrent,", "with concurrent calls:", "limits with for_each", "limits for each value")
+		"with concurrent,", "with concurrent calls:", "limits with for_each", "limits for each value",
+		"for no limit leave the entry out", "for no limit leave it empty")
 }

@@ -295,6 +295,20 @@ func TestProjectLikeAnother(t *testing.T) {
 			t.Errorf("%s: %d", path, res.status)
 		}
 	}
+	const folded = `<details class="folded"><summary>API keys of 4 upstreams <span class="soft">claude, `
+	p.manage("POST", "/manage/projects/"+p.project+"/upstreams", `{"name":"fourth","api_key":"`+p.provider.key+`",
+		"priority":7}`, 201, nil)
+	if page := b.get(path).body; !strings.Contains(page, folded) {
+		t.Errorf("four keys are not folded away: %s", page)
+	}
+	form = parseForm(t, b.get(path).body)
+	form.Set("upstreams[1].api_key", "sk-****")
+	form.Set("upstreams[3].api_key", "sk-****")
+	if page := b.post(path, form).body; !strings.Contains(page, `<details class="folded" open>`) ||
+		!strings.Contains(page, `href="#f-name"`) || !strings.Contains(page, `href="#f-upstreams-1-api_key"`) ||
+		!strings.Contains(page, `href="#f-upstreams-3-api_key"`) {
+		t.Errorf("the page does not have all mistakes: %s", page)
+	}
 	p.manage("POST", "/manage/projects", `{"name":"bare","policy":{"models":[]}}`, 201, &twin)
 	form = parseForm(t, b.get("/admin/projects/new?like="+twin.ID).body)
 	if !form.Has("api_key") || form.Get("policy.models.none") != "on" {

@@ -335,18 +335,14 @@ func (ui *adminUI) newProjectPage(r *pageRequest) (*pageResponse, error) {
 		if !in.key.set && !in.baseURL.set && in.provider.value == providerOpenAI {
 			in.provider.set = false // the form's default: a project without an upstream
 		}
-		routing, err := encodeRouting(r.form)
-		if err != nil {
-			return nil, err
-		}
-		in.routing = given(routing)
+		in.routing = encodeRouting(r.form)
 		keyFields, err := ui.addLikeUpstreams(r, v, &in)
 		if err != nil {
 			return nil, err
 		}
 		p, err := ui.ops.createProject(r.ctx, r.origin, in)
 		if err != nil {
-			return nil, qualifyLikeError(keyFields, err)
+			return nil, qualifyLikeErrors(keyFields, err)
 		}
 		upstreams, err := ui.store.projectUpstreams(r.ctx, p.seq)
 		if len(upstreams) == 0 {
@@ -369,12 +365,8 @@ func (ui *adminUI) editProject(r *pageRequest) (*pageResponse, error) {
 	var in projectInput
 	targets := fieldTargets(&in, ui.ops.fields.project)
 	return ui.submit(r, "Edit project", v, routingValues(&project), targets, func() (*pageResponse, error) {
-		routing, err := encodeRouting(r.form)
-		if err != nil {
-			return nil, err
-		}
-		in.routing = given(routing)
-		_, err = ui.ops.updateProject(r.ctx, r.origin, project.ID, r.ifMatchVersion, in)
+		in.routing = encodeRouting(r.form)
+		_, err := ui.ops.updateProject(r.ctx, r.origin, project.ID, r.ifMatchVersion, in)
 		return redirectTo(projectURL, "saved"), err
 	})
 }

@@ -1,6 +1,6 @@
-// This file serves the reference of the management API: openapi.yaml itself, and a page that shows it in readable form.
-// It has a reader for the part of YAML that openapi.yaml uses, and refuses everything else. It reads only the embedded
-// file, never a request.
+// This file serves the static files of the pages, openapi.yaml, and a page that shows that in readable form.
+// It has a reader for the part of YAML that openapi.yaml uses, and refuses everything else. It reads only embedded
+// files, never a request.
 package main
 
 import (
@@ -601,4 +601,18 @@ func (r *yamlReader) flowList(text string) (*yamlNode, error) {
 		out.items = append(out.items, item)
 	}
 	return out, nil
+}
+
+// handleStatic serves a file by its hashed name, whose content never changes.
+func (ui *adminUI) handleStatic(w http.ResponseWriter, r *http.Request) {
+	f, ok := ui.pages.files[r.PathValue("name")]
+	if !ok {
+		ui.writeErrorPage(w, r, manageError(errNotFound))
+		return
+	}
+	h := w.Header()
+	h.Set("Content-Type", f.contentType)
+	h.Set("Content-Length", strconv.Itoa(len(f.body)))
+	h.Set("Cache-Control", "public, max-age=31536000, immutable")
+	_, _ = w.Write(f.body)
 }

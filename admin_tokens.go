@@ -62,9 +62,7 @@ func (ui *adminUI) newTokenPage(r *pageRequest) (*pageResponse, error) {
 		default:
 			in.expiresAt = optional[string]{}
 			hours := &formField{Name: "lifetime", Kind: "number"}
-			if err := hours.decode(lifetime, &in.hours); err != nil {
-				return nil, err
-			}
+			hours.decode(lifetime, &in.hours)
 		}
 		t, value, err := ui.ops.createToken(r.ctx, r.origin, in)
 		if err != nil {

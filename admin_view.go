@@ -1,6 +1,6 @@
-// This file turns data into HTML: it parses the embedded templates once, serves the static files, has
-// the functions that templates call, formats the numbers of pages and charts, and has the dashboard's tiles and its
-// tables of attributes. Templates only format; html/template escapes whatever they print.
+// This file turns data into HTML: it parses the embedded templates once, has the functions that templates call, formats
+// the numbers of pages and charts, reads those of forms, and has the dashboard's tiles and its tables of attributes.
+// Templates only format; html/template escapes whatever they print.
 package main
 
 import (
@@ -16,7 +16,6 @@ import (
 	"io/fs"
 	"math"
 	"mime"
-	"net/http"
 	"net/url"
 	"path"
 	"slices"
@@ -103,20 +102,6 @@ func (ps *pageSet) render(w io.Writer, name string, v *pageView) error {
 		return fmt.Errorf("template %q: %w", name, err)
 	}
 	return nil
-}
-
-// handleStatic serves a file by its hashed name, whose content never changes.
-func (ui *adminUI) handleStatic(w http.ResponseWriter, r *http.Request) {
-	f, ok := ui.pages.files[r.PathValue("name")]
-	if !ok {
-		ui.writeErrorPage(w, r, manageError(errNotFound))
-		return
-	}
-	h := w.Header()
-	h.Set("Content-Type", f.contentType)
-	h.Set("Content-Length", strconv.Itoa(len(f.body)))
-	h.Set("Cache-Control", "public, max-age=31536000, immutable")
-	_, _ = w.Write(f.body)
 }
 
 // funcs returns what templates may call besides html/template's own functions.
@@ -681,4 +666,18 @@ func (d *dashData) writeAttributesCSV(q *dashQuery, e *exportWriter) {
 			e.writeRow(append(row, make([]string, 13)...)...)
 		}
 	}
+}
+
+// ungroupDigits removes the commas of a number such as 1,500,000. Where a comma may be that of a decimal, as in 1,5,
+// the text stays as it is, and is no number.
+func ungroupDigits(text string) string {
+	text = strings.TrimSpace(text)
+	whole, _, _ := strings.Cut(text, ".")
+	groups := strings.Split(whole, ",")
+	for i, group := range groups {
+		if n := len(group); len(groups) > 1 && (n == 0 || n > 3 || i > 0 && n < 3) {
+			return text
+		}
+	}
+	return strings.Join(groups, "") + text[len(whole):]
 }

@@ -160,7 +160,7 @@ func TestAttributionPolicy(t *testing.T) {
 		text, ofToken := strings.CutPrefix(c.policy, "token")
 		p, err := parsePolicy([]byte(`{"attribution":`+text+`}`), !ofToken)
 		got := ""
-		if fe, ok := err.(*fieldError); ok {
+		if fe, ok := errors.AsType[*fieldError](err); ok {
 			got = strings.TrimPrefix(strings.TrimPrefix(fe.param, "policy.attribution"), ".")
 		}
 		if text == "[]" {

@@ -559,12 +559,11 @@ func (e *fieldError) Error() string {
 type optional[T any] struct {
 	set, null bool
 	value     T
+	mistake   error // the text in the input of a form is no value
 }
 
 func (o *optional[T]) UnmarshalJSON(b []byte) error {
-	o.set = true
-	if string(b) == "null" {
-		o.null = true
+	if o.set, o.null = true, string(b) == "null"; o.null {
 		return nil
 	}
 	return json.Unmarshal(b, &o.value)
@@ -572,6 +571,8 @@ func (o *optional[T]) UnmarshalJSON(b []byte) error {
 
 // hasValue reports whether the field holds a value.
 func (o optional[T]) hasValue() bool { return o.set && !o.null }
+
+func (o *optional[T]) unreadable() error { return o.mistake }
 
 // decodeObject reads one JSON object into the pointers of fields, by exact name. Only the fields in
 // nullable may be null. Every error is a *fieldError.

@@ -134,7 +134,9 @@ func decodeFields[I, R any](body []byte, in *I, fields []field[I, R], isNew bool
 func applyFields[I, R any](in *I, row *R, fields []field[I, R]) error {
 	var mistakes []error
 	for _, f := range fields {
-		if f.apply != nil {
+		if err := f.target(in).(interface{ unreadable() error }).unreadable(); err != nil {
+			mistakes = append(mistakes, err)
+		} else if f.apply != nil {
 			mistakes = append(mistakes, f.apply(in, row))
 		}
 	}

@@ -255,17 +255,12 @@ func (ops *operations) newProject(in projectInput, at int64) (*projectRow, []*up
 		up, upstreamErr := ops.newUpstream(p, first, at)
 		upstreams, err = append(upstreams, up), errors.Join(err, upstreamErr)
 	}
-	if err != nil {
-		return nil, nil, err
-	}
 	for i, other := range in.upstreams {
-		up, err := ops.newUpstream(p, other, at)
-		if err != nil {
-			return nil, nil, qualifyFieldError(fmt.Sprintf("upstreams[%d]", i), err)
-		}
+		up, upstreamErr := ops.newUpstream(p, other, at)
 		upstreams = append(upstreams, up)
+		err = errors.Join(err, qualifyFieldError(fmt.Sprintf("upstreams[%d]", i), upstreamErr))
 	}
-	return p, upstreams, nil
+	return p, upstreams, err
 }
 
 func (ops *operations) updateProject(

@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -61,32 +60,25 @@ func parsePolicy(raw []byte, ofProject bool) (policy, error) {
 	}
 	p := policy{Endpoints: endpoints.value, Models: models.value, Stateful: stateful.value,
 		KeepContentDays: keepDays.value}
+	var daysErr, addressesErr, limitsErr, cacheErr, attributionErr error
 	if p.KeepContentDays < 0 || p.KeepContentDays > 365 {
-		return policy{}, &fieldError{"policy.keep_content_days", "must be from 0 (nothing is stored) to 365"}
-	}
-	err := cmp.Or(checkPatterns("policy.endpoints", p.Endpoints), checkPatterns("policy.models", p.Models))
-	if err != nil {
-		return policy{}, err
+		daysErr = &fieldError{"policy.keep_content_days", "must be from 0 (nothing is stored) to 365"}
 	}
 	if addresses.hasValue() {
-		if p.Addresses, err = parseAddresses(addresses.value); err != nil {
-			return policy{}, err
-		}
+		p.Addresses, addressesErr = parseAddresses(addresses.value)
 	}
 	if limits.hasValue() {
-		if p.Limits, err = parseLimits(limits.value); err != nil {
-			return policy{}, err
-		}
+		p.Limits, limitsErr = parseLimits(limits.value)
 	}
 	if cache.hasValue() {
-		if p.Cache, err = parseCachePolicy(cache.value); err != nil {
-			return policy{}, err
-		}
+		p.Cache, cacheErr = parseCachePolicy(cache.value)
 	}
 	if attribution.hasValue() {
-		if p.Attribution, err = parseAttributionPolicy(attribution.value, ofProject); err != nil {
-			return policy{}, err
-		}
+		p.Attribution, attributionErr = parseAttributionPolicy(attribution.value, ofProject)
+	}
+	if err := errors.Join(daysErr, checkPatterns("policy.endpoints", p.Endpoints),
+		checkPatterns("policy.models", p.Models), addressesErr, limitsErr, cacheErr, attributionErr); err != nil {
+		return policy{}, err
 	}
 	return p, nil
 }
@@ -281,28 +273,26 @@ func parseLimits(raw []json.RawMessage) ([]limit, error) {
 		return nil, &fieldError{"policy.limits", fmt.Sprintf("must have %d entries or fewer", maxLimits)}
 	}
 	out := make([]limit, 0, len(raw))
-	seen := map[limitKey]int{}
+	seen, mistakes := map[limitKey]int{}, []error(nil)
 	for i, r := range raw {
+		entry := fmt.Sprintf("policy.limits[%d]", i)
 		l, err := parseLimit(r)
-		if err != nil {
-			fe, ok := errors.AsType[*fieldError](err)
-			if !ok {
-				return nil, err
-			}
-			entry := fmt.Sprintf("policy.limits[%d]", i)
-			if fe.param == "" {
-				return nil, &fieldError{entry, `must be an object such as {"count":"requests","max":60,"per":"minute"}`}
-			}
-			return nil, &fieldError{entry + "." + fe.param, fe.msg}
+		first, exists := seen[l.key()]
+		fe, ok := errors.AsType[*fieldError](err)
+		switch {
+		case ok && fe.param == "":
+			err = &fieldError{entry, `must be an object such as {"count":"requests","max":60,"per":"minute"}`}
+		case ok:
+			err = &fieldError{entry + "." + fe.param, fe.msg}
+		case err == nil && exists:
+			err = &fieldError{entry, fmt.Sprintf("counts the same as policy.limits[%d]; keep one of them", first)}
+		case err == nil:
+			seen[l.key()] = i
+			out = append(out, l)
 		}
-		if first, exists := seen[l.key()]; exists {
-			return nil, &fieldError{fmt.Sprintf("policy.limits[%d]", i),
-				fmt.Sprintf("counts the same as policy.limits[%d]; keep one of them", first)}
-		}
-		seen[l.key()] = i
-		out = append(out, l)
+		mistakes = append(mistakes, err)
 	}
-	return out, nil
+	return out, errors.Join(mistakes...)
 }
 
 func parseLimit(raw []byte) (limit, error) {
@@ -409,29 +399,25 @@ func parseCachePolicy(raw []byte) (*cachePolicy, error) {
 	}
 	p := &cachePolicy{TTLSeconds: ttl.value, Scope: scope.value, Endpoints: endpoints.value, When: when.value,
 		MaxEntryBytes: size.value}
-	switch {
-	case p.TTLSeconds < 1 || p.TTLSeconds > maxCacheTTL:
-		return nil, &fieldError{"policy.cache.ttl_seconds",
-			fmt.Sprintf("is required and must be from 1 to %d (30 days); to turn the cache off, leave cache out",
-				maxCacheTTL)}
-	case scope.set && p.Scope != "project" && p.Scope != "token":
-		return nil, &fieldError{"policy.cache.scope", "must be project or token"}
-	case when.set && p.When != "deterministic" && p.When != "always":
-		return nil, &fieldError{"policy.cache.when", "must be deterministic or always"}
-	case size.set && (p.MaxEntryBytes < minEntryBytes || p.MaxEntryBytes > maxEntryBytes):
-		return nil, &fieldError{"policy.cache.max_entry_bytes",
-			fmt.Sprintf("must be from %d to %d", minEntryBytes, maxEntryBytes)}
-	case len(p.Endpoints) > len(cacheableEndpoints):
-		return nil, &fieldError{"policy.cache.endpoints",
-			fmt.Sprintf("must have %d entries or fewer", len(cacheableEndpoints))}
-	}
-	for _, pattern := range p.Endpoints {
-		if !namesCacheable(pattern) {
-			return nil, &fieldError{"policy.cache.endpoints", "must name endpoints that can be cached: " +
-				strings.Join(cacheableEndpoints[:], ", ") + "; " + clip(pattern, 64) + " matches none of them"}
+	var mistakes []error
+	refuse := func(isWrong bool, field, msg string) {
+		if isWrong {
+			mistakes = append(mistakes, &fieldError{"policy.cache." + field, msg})
 		}
 	}
-	return p, nil
+	refuse(p.TTLSeconds < 1 || p.TTLSeconds > maxCacheTTL, "ttl_seconds", fmt.Sprintf(
+		"is required and must be from 1 to %d (30 days); to turn the cache off, leave cache out", maxCacheTTL))
+	refuse(scope.set && p.Scope != "project" && p.Scope != "token", "scope", "must be project or token")
+	refuse(when.set && p.When != "deterministic" && p.When != "always", "when", "must be deterministic or always")
+	refuse(size.set && (p.MaxEntryBytes < minEntryBytes || p.MaxEntryBytes > maxEntryBytes), "max_entry_bytes",
+		fmt.Sprintf("must be from %d to %d", minEntryBytes, maxEntryBytes))
+	if len(p.Endpoints) > len(cacheableEndpoints) {
+		refuse(true, "endpoints", fmt.Sprintf("must have %d entries or fewer", len(cacheableEndpoints)))
+	} else if i := slices.IndexFunc(p.Endpoints, func(s string) bool { return !namesCacheable(s) }); i >= 0 {
+		refuse(true, "endpoints", "must name endpoints that can be cached: "+
+			strings.Join(cacheableEndpoints[:], ", ")+"; "+clip(p.Endpoints[i], 64)+" matches none of them")
+	}
+	return p, errors.Join(mistakes...)
 }
 
 // namesCacheable reports whether a pattern matches an endpoint whose answers can be cached.

@@ -1024,8 +1024,10 @@ func FuzzParsePolicy(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text, model string) {
 		p, err := parsePolicy([]byte(text), true)
 		if err != nil {
-			if fe, ok := err.(*fieldError); !ok || !strings.HasPrefix(fe.param, "policy") {
-				t.Fatalf("%T %v", err, err)
+			for _, mistake := range splitMistakes(err) {
+				if fe, ok := mistake.(*fieldError); !ok || !strings.HasPrefix(fe.param, "policy") {
+					t.Fatalf("%T %v", mistake, err)
+				}
 			}
 			return
 		}
