@@ -622,3 +622,8 @@ func errTooManyFailures(wait time.Duration) *apiError {
 	return &apiError{status: 429, code: "too_many_failures", retryAfter: wait,
 		msg: "Too many wrong management keys from this address. Try again later."}
 }
+
+// A bodyError says why a body is refused. msg is for the client; param is the field at fault, or "".
+type bodyError struct{ param, msg string }
+
+func (e *bodyError) Error() string { return e.msg }

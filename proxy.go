@@ -20,10 +20,11 @@ import (
 // A proxy carries /v1 calls to providers. It is the only type that holds the transport.
 type proxy struct {
 	proxyDeps
-	flights  flights
-	buffers  *bufferPool
-	meters   sync.Pool // of *meter
-	emptyURL *url.URL
+	flights          flights
+	buffers          *bufferPool
+	meters           sync.Pool     // of *meter
+	blankRequest     *http.Request // what requests to providers have in common; never changed
+	noStore, noSniff []string      // values of headers, which calls share: nobody changes them in place
 }
 
 // proxyDeps has what a proxy uses of the rest of the program. All fields are required.
@@ -51,7 +52,9 @@ type proxyDeps struct {
 
 func newProxy(d proxyDeps) *proxy {
 	p := &proxy{proxyDeps: d, flights: flights{waiting: &d.cache.waiting, byKey: map[cacheKey]*flight{}},
-		buffers: newBufferPool(), meters: sync.Pool{New: func() any { return new(meter) }}, emptyURL: &url.URL{}}
+		buffers: newBufferPool(), meters: sync.Pool{New: func() any { return new(meter) }},
+		blankRequest: &http.Request{URL: &url.URL{}, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1},
+		noStore:      []string{"no-store"}, noSniff: []string{"nosniff"}}
 	d.running.endAbandoned = p.endAbandoned
 	return p
 }
@@ -84,6 +87,7 @@ type call struct {
 	storedContent *storedContent // nil: the project does not store content
 	cached        *cachedCall    // nil: the project has no cache, or it was not asked yet
 	admittedInfo  callInfo       // the first that is published: here it costs no allocation
+	responseSpace responseWriter // of response, for the same reason
 	ctx           context.Context
 
 	attempts     attempts
@@ -211,7 +215,7 @@ func (p *proxy) newCall(w http.ResponseWriter, r *http.Request) *call {
 	if c.shape == shapeAnthropic {
 		w.Header()["Request-Id"] = id // where Anthropic's SDKs look for it
 	}
-	w.Header()["X-Content-Type-Options"] = []string{"nosniff"}
+	w.Header()["X-Content-Type-Options"] = p.noSniff
 	if c.shape == shapeGoogle && r.Header["X-Goog-Api-Key"] == nil && r.Header["Authorization"] == nil {
 		// A link can have the token in its query, and so a browser may show what the provider sends as a page of this
 		// origin. Its scripts must not run: they could use an administrator's session.
@@ -315,10 +319,8 @@ func (p *proxy) forward(c *call, w http.ResponseWriter, r *http.Request) {
 	if c.rewritesModelList() {
 		unchanged = nil
 	}
-	in := (&http.Request{
-		Method: c.endpoint.method, URL: p.emptyURL, // ReverseProxy copies it; each attempt sets its own URL
-		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-	}).WithContext(c.ctx)
+	in := p.blankRequest.WithContext(c.ctx) // a copy; each attempt sets its own URL
+	in.Method = c.endpoint.method
 	if c.body == nil && c.endpoint.upload {
 		// An upload is streamed, and the answer may begin before the upload ends. HTTP/1 has to be told.
 		c.fullDuplex = r.ProtoMajor == 1 && c.controller.EnableFullDuplex() == nil

@@ -257,7 +257,7 @@ func (p *proxy) replay(c *call, w http.ResponseWriter, a *cachedAnswer, now int6
 	ttl := strconv.FormatInt(max(0, a.ExpiresAt-now)/1000, 10)
 	u.setStatus(h, "llm-proxy; hit; ttl="+ttl+`; key="`+u.answer.key.String()+`"`+detail)
 	h["Age"] = []string{strconv.FormatInt(a.age(now), 10)}
-	h["Cache-Control"] = []string{"no-store"}
+	h["Cache-Control"] = p.noStore
 	if a.Stream {
 		h["Cache-Control"] = []string{"no-cache, no-store"}
 		h["X-Accel-Buffering"] = []string{"no"}

@@ -594,9 +594,10 @@ func (r *rateHeader) write(h http.Header, limit, remaining, reset string) {
 	if !r.set {
 		return
 	}
-	h[limit] = []string{strconv.FormatInt(r.limit, 10)}
-	h[remaining] = []string{strconv.FormatInt(r.remaining, 10)}
+	values := []string{strconv.FormatInt(r.limit, 10), strconv.FormatInt(r.remaining, 10), ""}
+	h[limit], h[remaining] = values[0:1:1], values[1:2:2]
 	if r.reset > 0 {
-		h[reset] = []string{r.reset.String()}
+		values[2] = r.reset.String()
+		h[reset] = values[2:]
 	}
 }

@@ -23,17 +23,14 @@ type peekedBody struct {
 }
 
 func (b *peekedBody) Read(p []byte) (int, error) {
-	if len(b.unread) > 0 {
-		n := copy(p, b.unread)
-		if b.unread = b.unread[n:]; b.complete && len(b.unread) == 0 {
-			return n, io.EOF
-		}
-		return n, nil
+	if len(b.unread) == 0 && !b.complete {
+		return b.ReadCloser.Read(p)
 	}
-	if b.complete {
-		return 0, io.EOF
+	n := copy(p, b.unread)
+	if b.unread = b.unread[n:]; b.complete && len(b.unread) == 0 {
+		return n, io.EOF
 	}
-	return b.ReadCloser.Read(p)
+	return n, nil
 }
 
 // peekBody returns the first bytes of an answer's body and leaves them in it.
@@ -125,8 +122,10 @@ type responseWriter struct {
 	clientGone        bool // a write to the client failed
 }
 
+// newResponseWriter returns the call's writer, of which it has one at most.
 func newResponseWriter(p *proxy, c *call, client http.ResponseWriter) *responseWriter {
-	return &responseWriter{p: p, c: c, client: client, header: http.Header{}}
+	c.responseSpace = responseWriter{p: p, c: c, client: client, header: http.Header{}}
+	return &c.responseSpace
 }
 
 func (w *responseWriter) Header() http.Header { return w.header }
@@ -194,7 +193,7 @@ func (w *responseWriter) prepare(res *http.Response) {
 	if usageAdded {
 		to.Del("Content-Length") // whatever the type says, an event may be left out
 	}
-	to["Cache-Control"] = []string{"no-store"}
+	to["Cache-Control"] = w.p.noStore
 	if w.sse {
 		setStreamHeaders(to)
 	}
@@ -399,8 +398,7 @@ func (w *responseWriter) finish() {
 // A keyMask replaces a provider's key in an answer by asterisks, even if the key comes in pieces: no answer may
 // carry the key to a client, whatever a provider echoes.
 type keyMask struct {
-	key   []byte
-	text  string // the same
+	key   string // the upstream's own: a copy for each call would be read from cold memory with each event
 	rare  int    // the index of a byte of the key that is rare in answers: find looks for that byte
 	carry []byte // the end of the last piece, if a key may begin there
 	out   []byte // the last result of redact, if it had to join
@@ -411,18 +409,18 @@ type keyMask struct {
 func (u *upstream) newKeyMask() keyMask { return newKeyMask(u.key()) }
 
 func newKeyMask(key string) keyMask {
-	m := keyMask{key: []byte(key), text: key, rare: max(0, len(key)-1)}
-	if i := strings.LastIndexFunc(key, func(r rune) bool { return r >= 'A' && r <= 'Z' }); i >= 0 {
-		m.rare = i
+	rare := strings.LastIndexAny(key, "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+	if rare < 0 {
+		rare = max(0, len(key)-1)
 	}
-	return m
+	return keyMask{key: key, rare: rare}
 }
 
 // find returns the index in p of the first key at or after at, or -1.
 func (m *keyMask) find(p []byte, at int) int {
 	rare := m.key[m.rare]
 	for i := indexFrom(p, min(at+m.rare, len(p)), rare); i < len(p); i = indexFrom(p, i+1, rare) {
-		if from := i - m.rare; bytes.HasPrefix(p[from:], m.key) {
+		if from := i - m.rare; len(p)-from >= len(m.key) && string(p[from:from+len(m.key)]) == m.key {
 			return from
 		}
 	}
@@ -432,7 +430,7 @@ func (m *keyMask) find(p []byte, at int) int {
 // containsKey reports whether a header's values contain the key.
 func (m *keyMask) containsKey(values []string) bool {
 	for _, v := range values {
-		if strings.Contains(v, m.text) {
+		if strings.Contains(v, m.key) {
 			m.found = true
 			return true
 		}
@@ -457,7 +455,7 @@ func (m *keyMask) redact(p []byte) []byte {
 	}
 	tail := p[max(at, len(p)-len(m.key)+1):]
 	for i := indexFrom(tail, 0, m.key[0]); i < len(tail); i = indexFrom(tail, i+1, m.key[0]) {
-		if bytes.HasPrefix(m.key, tail[i:]) {
+		if m.key[:len(tail)-i] == string(tail[i:]) { // tail is shorter than the key
 			m.carry = append(m.carry, tail[i:]...)
 			return p[:len(p)-len(tail)+i]
 		}

@@ -586,14 +586,14 @@ func (e *endpoint) costBound(
 		output.output = mulSat(f.pictureTokens(), max(1, f.n))
 	}
 	rates := p.ratesFor(est.input, d.tier)
-	raise := func(bound *int64, k, plain priceKind, c tokenCounts, d usageDetails, certain bool, text string) {
+	raise := func(bound int64, k, plain priceKind, c tokenCounts, d usageDetails, certain bool, text string) int64 {
 		if rates.rate(k) <= rates.rate(plain) && !pictures { // nearly always: all is of the kind, so it is not dearer
-			return
+			return bound
 		}
-		nanos, _ := p.cost(&c, &d, nil)
-		if nanos > *bound && (certain || mentions(text)) {
-			*bound = nanos
+		if nanos, _ := p.cost(&c, &d, nil); nanos > bound && (certain || mentions(text)) {
+			return nanos
 		}
+		return bound
 	}
 	if !e.billsOtherwise(p) {
 		pictureOutput, known := d, false
@@ -616,25 +616,26 @@ func (e *endpoint) costBound(
 }
 
 // boundKinds raises the bound to the dearest kinds of input and output that the body may ask for. A kind without a
-// price does not raise it: then nothing bills it, or the cost turns out to be unknown. raise raises a bound, by a kind
-// in place of another, if that is certain, or the body has a text.
+// price does not raise it: then nothing bills it, or the cost turns out to be unknown. raise returns a bound, raised
+// by a kind in place of another if that is certain, or the body has a text.
 func (e *endpoint) boundKinds(b *costBound, input, output tokenCounts, d usageDetails,
-	raise func(bound *int64, k, plain priceKind, c tokenCounts, d usageDetails, certain bool, text string),
+	raise func(bound int64, k, plain priceKind, c tokenCounts, d usageDetails, certain bool, text string) int64,
 ) {
 	written, hour, sound, picture := input, d, input, d
 	written.cacheWrite, sound.audioInput = input.input, input.input
 	hour.cacheWrite1h, picture.imageInput = input.input, input.input
-	raise(&b.input, kindCacheWrite, kindInput, written, d, e.api != apiAnthropic, "cache_control")
-	raise(&b.input, kindCacheWrite1h, kindInput, written, hour, false, `"1h"`)
-	raise(&b.input, kindAudioInput, kindInput, sound, d, e.body == bodyForm, "input_audio")
-	raise(&b.input, kindImageInput, kindInput, input, picture, strings.HasPrefix(e.pattern, "/v1/images/"), "image")
+	b.input = raise(b.input, kindCacheWrite, kindInput, written, d, e.api != apiAnthropic, "cache_control")
+	b.input = raise(b.input, kindCacheWrite1h, kindInput, written, hour, false, `"1h"`)
+	b.input = raise(b.input, kindAudioInput, kindInput, sound, d, e.body == bodyForm, "input_audio")
+	isPicture := strings.HasPrefix(e.pattern, "/v1/images/")
+	b.input = raise(b.input, kindImageInput, kindInput, input, picture, isPicture, "image")
 	if output.output == 0 {
 		return
 	}
 	thoughts, spoken := output, output
 	thoughts.reasoning, spoken.audioOutput = output.output, output.output
-	raise(&b.output, kindReasoningOutput, kindOutput, thoughts, d, true, "")
-	raise(&b.output, kindAudioOutput, kindOutput, spoken, d, false, `"audio"`)
+	b.output = raise(b.output, kindReasoningOutput, kindOutput, thoughts, d, true, "")
+	b.output = raise(b.output, kindAudioOutput, kindOutput, spoken, d, false, `"audio"`)
 }
 
 // billsOtherwise reports whether the endpoint bills this model by something else than tokens.

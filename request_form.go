@@ -522,13 +522,15 @@ func snakeCase(name string) string {
 // scanGemini is scanJSON for a body of Gemini's API, whose path names model. Every place where the body may name a
 // model must name this one.
 func scanGemini(body []byte, model string) (callFields, error) {
-	f, err := scanObject(body, func(s *bodyScanner, f *callFields) {
-		s.readGemini(f, func(raw []byte, _ int) {
+	f, s := callFields{n: 1}, bodyScanner{b: body}
+	if s.beginBody() {
+		s.readGemini(&f, func(raw []byte, _ int) {
 			if name, ok := geminiModelName(raw); !ok || name != model {
 				s.fail("model", "The field 'model' must name the model in the path, or be left out.")
 			}
 		})
-	})
+	}
+	f, err := s.endBody(f)
 	f.model = model
 	f.setGeminiBilled(unescapeASCII(body))
 	return f, err
@@ -549,12 +551,13 @@ func withGeminiModel(body []byte, model string) []byte {
 	name := mustMarshal("models/" + model)
 	var out []byte
 	from := 0
-	_, _ = scanObject(body, func(s *bodyScanner, f *callFields) {
-		s.readGemini(f, func(raw []byte, end int) {
+	s := bodyScanner{b: body}
+	if s.beginBody() {
+		s.readGemini(&callFields{}, func(raw []byte, end int) {
 			out = append(append(out, body[from:end-len(raw)]...), name...)
 			from = end
 		})
-	})
+	}
 	return append(out, body[from:]...)
 }
 

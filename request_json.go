@@ -72,36 +72,37 @@ type splice struct {
 	text     string
 }
 
-// A bodyError says why a body is refused. msg is for the client; param is the field at fault, or "".
-type bodyError struct{ param, msg string }
-
-func (e *bodyError) Error() string { return e.msg }
-
 // scanJSON reads a body and returns its fields. Every error is a *bodyError. It accepts what json.Valid accepts,
 // with stricter rules: one object at the top, valid UTF-8 without a byte order mark, at most maxJSONDepth levels,
 // and the rules for protectedNames.
-func scanJSON(body []byte) (callFields, error) { return scanObject(body, (*bodyScanner).readTopLevel) }
+func scanJSON(body []byte) (callFields, error) {
+	f, s := callFields{n: 1}, bodyScanner{b: body}
+	if s.beginBody() {
+		s.readTopLevel(&f)
+	}
+	return s.endBody(f)
+}
 
-// scanObject checks a body, and reads the object that it is with read.
-func scanObject(body []byte, read func(*bodyScanner, *callFields)) (callFields, error) {
-	f := callFields{n: 1}
-	s := bodyScanner{b: body}
+// beginBody checks the start of a body, and reports whether an object follows, which is then to be read.
+func (s *bodyScanner) beginBody() bool {
 	s.skipSpace()
 	switch {
-	case bytes.HasPrefix(body, []byte("\xef\xbb\xbf")):
+	case bytes.HasPrefix(s.b, []byte("\xef\xbb\xbf")):
 		s.fail("", "The request body starts with a byte order mark; send plain UTF-8 JSON.")
-	case !utf8.Valid(body):
-		s.fail("", fmt.Sprintf("The request body is not valid UTF-8 (byte %d).", invalidUTF8At(body)))
-	case s.i == len(body):
+	case !utf8.Valid(s.b):
+		s.fail("", fmt.Sprintf("The request body is not valid UTF-8 (byte %d).", invalidUTF8At(s.b)))
+	case s.i == len(s.b):
 		s.fail("", "The request body is empty; a JSON object is required.")
 	case s.b[s.i] != '{':
 		s.fail("", fmt.Sprintf("The request body must be a JSON object (byte %d).", s.i))
-	default:
-		read(&s, &f)
-		s.skipSpace()
-		if s.err == nil && s.i < len(body) {
-			s.failSyntax("the end of the body")
-		}
+	}
+	return s.err == nil
+}
+
+// endBody checks that nothing follows the object. It returns f, or what is wrong with the body.
+func (s *bodyScanner) endBody(f callFields) (callFields, error) {
+	if s.skipSpace(); s.err == nil && s.i < len(s.b) {
+		s.failSyntax("the end of the body")
 	}
 	if s.err != nil {
 		return callFields{}, s.err
