@@ -405,32 +405,6 @@ func (api *manageAPI) writeManageError(w http.ResponseWriter, r *http.Request, e
 	writeError(w, e, shapeOpenAI)
 }
 
-// A listQuery is the size of a page and the row after which it starts.
-type listQuery struct {
-	limit int
-	seq   int64
-	name  string // if the list is ordered by name
-}
-
-// parseListQuery reads limit and after.
-func (r *manageRequest) parseListQuery() (listQuery, error) {
-	p := listQuery{limit: 100}
-	if v := r.query.Get("limit"); v != "" {
-		n, err := strconv.Atoi(v)
-		if err != nil || n < 1 || n > 500 {
-			return p, badRequest("invalid_value", "limit", "limit must be a whole number from 1 to 500.")
-		}
-		p.limit = n
-	}
-	if v := r.query.Get("after"); v != "" {
-		var err error
-		if p.seq, p.name, err = parseCursor(v); err != nil {
-			return p, badRequest("invalid_value", "after", "after must be the value of next in an earlier response.")
-		}
-	}
-	return p, nil
-}
-
 // formatCursor returns the position in a list: a row's seq, and its name if the list is ordered by name.
 // Clients treat it as opaque.
 func formatCursor(seq int64, name string) string {

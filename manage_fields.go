@@ -8,7 +8,6 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -576,6 +575,32 @@ func withGeminiPath(s string) string {
 	return strings.TrimRight(s, "/") + strings.TrimSuffix(geminiPrefix, "/")
 }
 
+// A listQuery is the size of a page and the row after which it starts.
+type listQuery struct {
+	limit int
+	seq   int64
+	name  string // if the list is ordered by name
+}
+
+// parseListQuery reads limit and after.
+func (r *manageRequest) parseListQuery() (listQuery, error) {
+	p := listQuery{limit: 100}
+	if v := r.query.Get("limit"); v != "" {
+		n, err := strconv.Atoi(v)
+		if err != nil || n < 1 || n > 500 {
+			return p, badRequest("invalid_value", "limit", "limit must be a whole number from 1 to 500.")
+		}
+		p.limit = n
+	}
+	if v := r.query.Get("after"); v != "" {
+		var err error
+		if p.seq, p.name, err = parseCursor(v); err != nil {
+			return p, badRequest("invalid_value", "after", "after must be the value of next in an earlier response.")
+		}
+	}
+	return p, nil
+}
+
 // timeRange reads the RFC 3339 times from and to; the arguments are the defaults.
 func (r *manageRequest) timeRange(from, to time.Time) (time.Time, time.Time, error) {
 	for _, p := range []struct {
@@ -596,41 +621,6 @@ func (r *manageRequest) timeRange(from, to time.Time) (time.Time, time.Time, err
 		return from, to, badRequest("invalid_value", "from", "from must be before to.")
 	}
 	return from, to, nil
-}
-
-// parseAttributionFilter reads the filters by attributes. A project that records end users by their hashes can be
-// searched by their plain names.
-func (ops *operations) parseAttributionFilter(ctx context.Context, project string, query url.Values,
-) (attributionFilter, error) {
-	f, err := newAttributionFilter(query.Get("session"), query.Get("end_user"), query.Get("tag"))
-	if err != nil || f.endUser == "" || project == "" {
-		return f, err
-	}
-	p, err := ops.store.projectByID(ctx, project)
-	if errors.Is(err, errNotFound) {
-		return f, nil // no call matches
-	}
-	if err != nil {
-		return f, err
-	}
-	names, err := ops.endUserNames(p, f.endUser)
-	f.endUser = names[len(names)-1]
-	return f, err
-}
-
-// endUserNames returns the names that an end user may have in the ledger of a project: the plain one, and last, if the
-// project's policy asks for that now, the hash. A name that has the form of a hash is one.
-func (ops *operations) endUserNames(p projectRow, name string) ([]string, error) {
-	names := []string{name}
-	if isEndUserHash(name) {
-		return names, nil
-	}
-	policy, err := parsePolicy([]byte(p.policy), true)
-	if err != nil || policy.Attribution.recordsEndUsers() != endUsersHashed {
-		return names, err
-	}
-	hash, err := ops.contentKey.hashEndUser(p.id, name)
-	return append(names, hash), err
 }
 
 // parseAuditFilter reads the filters and the page of a list of audit events.

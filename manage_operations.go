@@ -15,7 +15,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"sync/atomic"
 	"time"
 )
@@ -415,65 +414,4 @@ func (ops *operations) eraseContent(
 	}
 }
 
-const actionEraseEndUser = "end_user.erase"
-
 const actionEmptyCache = "cache.empty"
-
-// valueNames returns the names that a value of a limit with for_each may have in a project. That of an end user may be
-// hashed, also where it is a session or a tag.
-func (ops *operations) valueNames(ctx context.Context, project string, names []string) ([]string, error) {
-	if len(names) == 0 {
-		return nil, nil
-	}
-	p, err := ops.store.projectByID(ctx, project)
-	if errors.Is(err, errNotFound) { // the project of a token that is left
-		return names, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	return ops.endUserNames(p, names[0])
-}
-
-// eraseEndUser removes an end user from all that is stored of a project's calls: the name from the calls, their pending
-// records and their sums, their stored content, and the project's cached answers. It returns how many calls there were.
-// The audit trail, from which nothing can be removed, does not get the name.
-func (ops *operations) eraseEndUser(ctx context.Context, origin auditOrigin, projectID, name string,
-) (erased int64, err error) {
-	p, err := ops.store.projectByID(ctx, projectID)
-	if err != nil {
-		return 0, err
-	}
-	if name == "" || len(name) > maxAttributionLen {
-		return 0, &fieldError{"end_user", fmt.Sprintf("must have 1 to %d bytes", maxAttributionLen)}
-	}
-	hash, err := ops.contentKey.hashEndUser(p.id, name)
-	if err != nil {
-		return 0, err
-	}
-	event := auditEvent{action: actionEraseEndUser, object: p.id}
-	if err := ops.store.recordAuditEvent(ctx, origin, event); err != nil {
-		return 0, fmt.Errorf("recording who erases an end user: %w", err)
-	}
-	names := []string{name, hash} // the policy may have changed
-	isName := func(s string) bool { return slices.Contains(names, s) }
-	forget := func() error {
-		return errors.Join(ops.forgetEndUser(ctx, p.id, isName), ops.forgetEverywhere(ctx, p.id, hash))
-	}
-	if err := forget(); err != nil {
-		return 0, err
-	}
-	if _, err := ops.cache.purge(ctx, cacheFilter{project: p.seq}); err != nil {
-		return 0, err
-	}
-	for _, name := range names {
-		n, err := ops.store.eraseEndUser(ctx, p.seq, name, forget)
-		if err == nil {
-			err = ops.limits.eraseValue(ctx, p.seq, endUserAttribute, name)
-		}
-		if erased += n; err != nil {
-			return erased, err
-		}
-	}
-	return erased, nil
-}

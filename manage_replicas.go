@@ -1,7 +1,7 @@
 // This file is what administrators see of several replicas, and what replicas do for each other: it puts the changes
 // in force that administrators made at another replica, and answers another's questions about its running calls. With
-// SQLite there is one process, and it only says so. The file writes nothing but the audit trail; it lets an end user be
-// forgotten in memory, and in what limits have counted.
+// SQLite there is one process, and it only says so. It also erases end users, because every replica has to forget them,
+// and finds the names that one has in the ledger. It writes nothing but the audit trail itself.
 package main
 
 import (
@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -212,6 +213,102 @@ func (ops *operations) answer(ctx context.Context, question, argument string) (s
 		})
 	}
 	return "", fmt.Errorf("an unknown question: %s", clip(question, 64))
+}
+
+// valueNames returns the names that a value of a limit with for_each may have in a project. That of an end user may be
+// hashed, also where it is a session or a tag.
+func (ops *operations) valueNames(ctx context.Context, project string, names []string) ([]string, error) {
+	if len(names) == 0 {
+		return nil, nil
+	}
+	p, err := ops.store.projectByID(ctx, project)
+	if errors.Is(err, errNotFound) { // the project of a token that is left
+		return names, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return ops.endUserNames(p, names[0])
+}
+
+// eraseEndUser removes an end user from all that is stored of a project's calls: the name from the calls, their pending
+// records and their sums, their stored content, and the project's cached answers. It returns how many calls there were.
+// The audit trail, from which nothing can be removed, does not get the name.
+func (ops *operations) eraseEndUser(ctx context.Context, origin auditOrigin, projectID, name string,
+) (erased int64, err error) {
+	p, err := ops.store.projectByID(ctx, projectID)
+	if err != nil {
+		return 0, err
+	}
+	if name == "" || len(name) > maxAttributionLen {
+		return 0, &fieldError{"end_user", fmt.Sprintf("must have 1 to %d bytes", maxAttributionLen)}
+	}
+	hash, err := ops.contentKey.hashEndUser(p.id, name)
+	if err != nil {
+		return 0, err
+	}
+	event := auditEvent{action: actionEraseEndUser, object: p.id}
+	if err := ops.store.recordAuditEvent(ctx, origin, event); err != nil {
+		return 0, fmt.Errorf("recording who erases an end user: %w", err)
+	}
+	names := []string{name, hash} // the policy may have changed
+	isName := func(s string) bool { return slices.Contains(names, s) }
+	forget := func() error {
+		return errors.Join(ops.forgetEndUser(ctx, p.id, isName), ops.forgetEverywhere(ctx, p.id, hash))
+	}
+	if err := forget(); err != nil {
+		return 0, err
+	}
+	if _, err := ops.cache.purge(ctx, cacheFilter{project: p.seq}); err != nil {
+		return 0, err
+	}
+	for _, name := range names {
+		n, err := ops.store.eraseEndUser(ctx, p.seq, name, forget)
+		if err == nil {
+			err = ops.limits.eraseValue(ctx, p.seq, endUserAttribute, name)
+		}
+		if erased += n; err != nil {
+			return erased, err
+		}
+	}
+	return erased, nil
+}
+
+const actionEraseEndUser = "end_user.erase"
+
+// parseAttributionFilter reads the filters by attributes. A project that records end users by their hashes can be
+// searched by their plain names.
+func (ops *operations) parseAttributionFilter(ctx context.Context, project string, query url.Values,
+) (attributionFilter, error) {
+	f, err := newAttributionFilter(query.Get("session"), query.Get("end_user"), query.Get("tag"))
+	if err != nil || f.endUser == "" || project == "" {
+		return f, err
+	}
+	p, err := ops.store.projectByID(ctx, project)
+	if errors.Is(err, errNotFound) {
+		return f, nil // no call matches
+	}
+	if err != nil {
+		return f, err
+	}
+	names, err := ops.endUserNames(p, f.endUser)
+	f.endUser = names[len(names)-1]
+	return f, err
+}
+
+// endUserNames returns the names that an end user may have in the ledger of a project: the plain one, and last, if the
+// project's policy asks for that now, the hash. A name that has the form of a hash is one.
+func (ops *operations) endUserNames(p projectRow, name string) ([]string, error) {
+	names := []string{name}
+	if isEndUserHash(name) {
+		return names, nil
+	}
+	policy, err := parsePolicy([]byte(p.policy), true)
+	if err != nil || policy.Attribution.recordsEndUsers() != endUsersHashed {
+		return names, err
+	}
+	hash, err := ops.contentKey.hashEndUser(p.id, name)
+	return append(names, hash), err
 }
 
 // forgetEndUser lets the running calls of a project end without the end users that matches names, and returns when

@@ -453,6 +453,14 @@ func (s *store) deleteLimitValues(ctx context.Context, project int64, value stri
 	})
 }
 
+// Where appendPendingRecord puts what erasing an end user reads.
+const (
+	pendingProject = 1
+	pendingSession = 10
+	pendingEndUser = 11
+	pendingTags    = 12
+)
+
 // eraseFromBatch takes a name out of the calls of a project in a row of begun (see appendPendingRecord), and reports
 // whether any had it. Such a call loses its tags too.
 func eraseFromBatch(text string, project int64, name string) (erased string, found bool, err error) {

@@ -369,6 +369,39 @@ func (s *store) listProjects(ctx context.Context, q projectListQuery) ([]project
 		prefixEnd(q.prefix), q.limit, q.search.indexed, v[0], v[1], v[2], v[3])
 }
 
+// A callSearch finds the calls that have all its words, in any case, in what a list shows of them: project, token,
+// endpoint, model, address, status, outcome, error code, session, end user and tags. It has each word in two forms,
+// because the database folds the case of ASCII letters only.
+type callSearch struct {
+	words [maxSearchWords][2]string
+	count int
+}
+
+const maxSearchWords = 4
+
+// parseCallSearch reads the parameter search of a list of calls.
+func parseCallSearch(text string) (c callSearch, err error) {
+	t, err := parseSearchTerm(text)
+	for word := range strings.FieldsSeq(t.text) {
+		if c.count == maxSearchWords {
+			return c, badRequest("invalid_value", "search", "search must have at most 4 words.")
+		}
+		c.words[c.count] = [2]string{strings.ToLower(word), lowerASCII(strings.ToUpper(word))}
+		c.count++
+	}
+	return c, err
+}
+
+// lowerASCII folds the case of ASCII letters.
+func lowerASCII(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= 'A' && r <= 'Z' {
+			r += 'a' - 'A'
+		}
+		return r
+	}, text)
+}
+
 // A requestFilter says which calls a list has. Empty strings and zeros let all calls through.
 type requestFilter struct {
 	project, token           string // ids

@@ -1,6 +1,6 @@
-// This file has the SQL for projects, their upstreams, and the prices that administrators set. Contracts: a
-// missing row is errNotFound, an outdated version errStale, a name in use errTaken. Every change goes through
-// withAuditedTx.
+// This file has the SQL for projects, their upstreams and the health of these, and the prices that administrators set.
+// Contracts: a missing row is errNotFound, an outdated version errStale, a name in use errTaken. Every change goes
+// through withAuditedTx.
 package main
 
 import (
@@ -553,46 +553,4 @@ func (s *store) unhealthyUpstreams(ctx context.Context, now int64, limit int) ([
 		ORDER BY CASE h.state WHEN 'quarantined' THEN 0 WHEN 'exhausted' THEN 1 WHEN 'open' THEN 2 ELSE 3 END,
 			h.changed_at
 		LIMIT ?`, now, limit)
-}
-
-// Where appendPendingRecord puts what erasing an end user reads.
-const (
-	pendingProject = 1
-	pendingSession = 10
-	pendingEndUser = 11
-	pendingTags    = 12
-)
-
-// A cacheUsage is how much is cached of one project and model.
-type cacheUsage struct {
-	model          string
-	entries, bytes int64
-	oldestStoredAt int64
-}
-
-const maxCacheModels = 1000
-
-// cacheUsage returns what is cached of a project, by model, the largest share first, up to maxCacheModels.
-func (s *store) cacheUsage(ctx context.Context, project, now int64) ([]cacheUsage, error) {
-	return collect(ctx, s.readDB, "reading what is cached", func(u *cacheUsage) []any {
-		return []any{&u.model, &u.entries, &u.bytes, &u.oldestStoredAt}
-	}, `SELECT model, count(*), sum(size), min(stored_at) FROM cache WHERE project = ? AND expires_at > ?
-		GROUP BY model ORDER BY 3 DESC LIMIT ?`, project, now, maxCacheModels)
-}
-
-// A cachePosition is a position in the list of a project's cached answers, which the index cache_project orders.
-type cachePosition struct{ token, size, id int64 }
-
-// cachedAfter returns up to limit of a project's cached answers behind a position, without the answers themselves.
-func (s *store) cachedAfter(ctx context.Context, project int64, after cachePosition, limit int) ([]cacheRow, error) {
-	return collect(ctx, s.readDB, "listing cached answers", func(r *cacheRow) []any {
-		return []any{&r.id, &r.project, &r.token, &r.size, &r.model, &r.endpoint, &r.storedAt}
-	}, `
-		SELECT * FROM (SELECT id, project, token, size, model, endpoint, stored_at FROM cache
-			WHERE project = ?1 AND token = ?2 AND size = ?3 AND id > ?4 ORDER BY id LIMIT ?5) same
-		UNION ALL
-		SELECT * FROM (SELECT id, project, token, size, model, endpoint, stored_at FROM cache
-			WHERE project = ?1 AND (token, size) > (?2, ?3) ORDER BY token, size, id LIMIT ?5) later
-		LIMIT ?5`, // many have the same size, and an index of more columns would slow down storing
-		project, after.token, after.size, after.id, limit)
 }

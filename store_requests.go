@@ -1,7 +1,7 @@
-// This file has the SQL that reads single calls of the ledger, and their stored content, deletes old sums, and has that
-// of the response cache. store_ledger.go writes calls. Cached answers come sealed and go sealed: nothing here can read
-// one. cache.go decides which are stored, and keeps transactions short, because the ledger shares the writing
-// connection. It also has the periods that reports and lists of calls cover.
+// This file has the SQL that reads single calls of the ledger, their stored content, and usage that becomes known after
+// a call (store_ledger.go writes them), and the SQL of the response cache. Cached answers come sealed and go sealed:
+// nothing here can read one. cache.go decides which are stored, and keeps transactions short, because the ledger shares
+// the writing connection. The periods that reports and lists of calls cover are at the end.
 package main
 
 import (
@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
-	"strings"
 	"time"
 )
 
@@ -432,6 +431,40 @@ func (s *store) deleteCacheRows(ctx context.Context, query string, args ...any) 
 	return ids, bytes, err
 }
 
+// A cacheUsage is how much is cached of one project and model.
+type cacheUsage struct {
+	model          string
+	entries, bytes int64
+	oldestStoredAt int64
+}
+
+const maxCacheModels = 1000
+
+// cacheUsage returns what is cached of a project, by model, the largest share first, up to maxCacheModels.
+func (s *store) cacheUsage(ctx context.Context, project, now int64) ([]cacheUsage, error) {
+	return collect(ctx, s.readDB, "reading what is cached", func(u *cacheUsage) []any {
+		return []any{&u.model, &u.entries, &u.bytes, &u.oldestStoredAt}
+	}, `SELECT model, count(*), sum(size), min(stored_at) FROM cache WHERE project = ? AND expires_at > ?
+		GROUP BY model ORDER BY 3 DESC LIMIT ?`, project, now, maxCacheModels)
+}
+
+// A cachePosition is a position in the list of a project's cached answers, which the index cache_project orders.
+type cachePosition struct{ token, size, id int64 }
+
+// cachedAfter returns up to limit of a project's cached answers behind a position, without the answers themselves.
+func (s *store) cachedAfter(ctx context.Context, project int64, after cachePosition, limit int) ([]cacheRow, error) {
+	return collect(ctx, s.readDB, "listing cached answers", func(r *cacheRow) []any {
+		return []any{&r.id, &r.project, &r.token, &r.size, &r.model, &r.endpoint, &r.storedAt}
+	}, `
+		SELECT * FROM (SELECT id, project, token, size, model, endpoint, stored_at FROM cache
+			WHERE project = ?1 AND token = ?2 AND size = ?3 AND id > ?4 ORDER BY id LIMIT ?5) same
+		UNION ALL
+		SELECT * FROM (SELECT id, project, token, size, model, endpoint, stored_at FROM cache
+			WHERE project = ?1 AND (token, size) > (?2, ?3) ORDER BY token, size, id LIMIT ?5) later
+		LIMIT ?5`, // many have the same size, and an index of more columns would slow down storing
+		project, after.token, after.size, after.id, limit)
+}
+
 func microsToMillis(us *int64) *float64 {
 	if us == nil {
 		return nil
@@ -467,39 +500,6 @@ func newPeriod(name, title string, now, from, to, prevFrom int64) dashPeriod {
 	p.to = min(to, now-now%p.stepMS+p.stepMS)
 	p.prevTo = min(min(to, hour)-(from-prevFrom), from)
 	return p
-}
-
-// A callSearch finds the calls that have all its words, in any case, in what a list shows of them: project, token,
-// endpoint, model, address, status, outcome, error code, session, end user and tags. It has each word in two forms,
-// because the database folds the case of ASCII letters only.
-type callSearch struct {
-	words [maxSearchWords][2]string
-	count int
-}
-
-const maxSearchWords = 4
-
-// parseCallSearch reads the parameter search of a list of calls.
-func parseCallSearch(text string) (c callSearch, err error) {
-	t, err := parseSearchTerm(text)
-	for word := range strings.FieldsSeq(t.text) {
-		if c.count == maxSearchWords {
-			return c, badRequest("invalid_value", "search", "search must have at most 4 words.")
-		}
-		c.words[c.count] = [2]string{strings.ToLower(word), lowerASCII(strings.ToUpper(word))}
-		c.count++
-	}
-	return c, err
-}
-
-// lowerASCII folds the case of ASCII letters.
-func lowerASCII(text string) string {
-	return strings.Map(func(r rune) rune {
-		if r >= 'A' && r <= 'Z' {
-			r += 'a' - 'A'
-		}
-		return r
-	}, text)
 }
 
 // dashPeriods returns the periods to choose from. Days, weeks and months are those of UTC; weeks start on Monday.
