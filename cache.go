@@ -1,42 +1,24 @@
 // This file is the response cache: the answers in memory, and the writer that brings answers to the disk, those first
-// that were asked for again. policy.go decides which calls it covers, proxy_cache.go makes the key and asks it. It
-// knows no HTTP and has no SQL, and secrets.go seals what it stores. A cache that fails is a miss, never an error.
+// that were asked for again. policy.go decides which calls it covers, upstream_affinity.go makes the key, and
+// proxy_cache.go asks for answers and brings them. It knows no HTTP and has no SQL, and secrets.go seals what it
+// stores. A cache that fails is a miss, never an error.
 package main
 
 import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"iter"
 	"log/slog"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 )
-
-// The key.
-
-// A cacheKey names an answer.
-type cacheKey [sha256.Size]byte
-
-// id is the row of a key in the table cache.
-func (k *cacheKey) id() int64 { return int64(binary.BigEndian.Uint64(k[:8])) }
-
-// String is the key as clients see it.
-func (k *cacheKey) String() string { return hex.EncodeToString(k[:8]) }
-
-// context binds a sealed answer to its project and its key.
-func (k *cacheKey) context(project int64) string {
-	return strconv.FormatInt(project, 10) + "|" + hex.EncodeToString(k[:])
-}
 
 // Answers.
 
@@ -161,6 +143,7 @@ type memoryChunk struct {
 	entries []memoryEntry // never moves
 	names   []string      // of endpoints and models
 	live    int           // entries that are not gone
+	lent    bool          // somebody outside may have the data of an answer
 	waiting [writeStates]int
 	charge  int64 // the bytes that it counts as
 }
@@ -216,7 +199,9 @@ func (m *memoryChunk) nameIndex(name string) uint16 {
 	return uint16(i) // two for each entry at most
 }
 
+// answer returns an answer, for any time: its bytes are not used for others any more.
 func (m *memoryChunk) answer(e *memoryEntry) cachedAnswer {
+	m.lent = true
 	return cachedAnswer{answerHead: e.answerHead, endpoint: m.names[e.endpoint], model: m.names[e.model],
 		data: m.bytes[e.at:e.end:e.end]}
 }
@@ -238,6 +223,15 @@ func (m *memoryChunk) setWaits(e *memoryEntry, state writeState) {
 	m.waiting[e.waits]--
 	m.waiting[state]++
 	e.waits = state
+}
+
+// reused returns a chunk that has the space of one whose answers are no longer in memory, nil if somebody may have
+// them. It saves that new memory is cleared and old memory collected.
+func (m *memoryChunk) reused() *memoryChunk {
+	if m.lent || cap(m.bytes) != memoryChunkBytes || cap(m.entries) != memoryChunkEntries {
+		return nil
+	}
+	return &memoryChunk{bytes: m.bytes[:0], entries: m.entries[:0], charge: m.charge}
 }
 
 // erase frees what the chunk has of answers that are gone, and keeps the others.
@@ -277,8 +271,64 @@ type cacheCounters struct {
 	waiting                           atomic.Int64 // now, for identical calls
 }
 
-// A memoryPlace is where an answer in memory is: the number of its chunk, and the index of its entry there.
-type memoryPlace struct{ chunk, entry uint32 }
+// A memoryIndex finds answers in memory by the ids of their keys, which are hashes already: an open hash table with
+// linear probing. Its size is fixed, so no call pays for its growth, and to find that there is no answer takes one
+// access to memory that the processor does not have at hand; in a map it takes several.
+type memoryIndex struct {
+	places *[memoryIndexSize]memoryPlace // nil as long as there were no answers
+	count  int
+}
+
+// A memoryPlace is where an answer in memory is. The zero value is no place.
+type memoryPlace struct {
+	id    uint32 // the low half of its id, which says where in the index the search for it begins
+	chunk uint16 // the low half of the chunk's number
+	entry uint16 // one more than the index of its entry there
+}
+
+// memoryIndexSize is more than twice as many answers as memory can have.
+const memoryIndexSize = 1 << 16
+
+// find returns the slot of an answer, -1 if there is none. is tells the answer from others with the same half of an id.
+func (x *memoryIndex) find(id int64, is func(memoryPlace) bool) int {
+	if x.count == 0 {
+		return -1
+	}
+	for i := uint32(id) % memoryIndexSize; ; i = (i + 1) % memoryIndexSize {
+		switch p := x.places[i]; {
+		case p.entry == 0:
+			return -1
+		case p.id == uint32(id) && is(p):
+			return int(i)
+		}
+	}
+}
+
+// add adds an answer that the index does not have.
+func (x *memoryIndex) add(p memoryPlace) {
+	if x.places == nil {
+		x.places = new([memoryIndexSize]memoryPlace)
+	}
+	i := p.id % memoryIndexSize
+	for x.places[i].entry != 0 {
+		i = (i + 1) % memoryIndexSize
+	}
+	x.places[i] = p
+	x.count++
+}
+
+// remove empties a slot. Those behind it that would not be found any more move forward.
+func (x *memoryIndex) remove(slot int) {
+	free := uint32(slot)
+	for i := (free + 1) % memoryIndexSize; x.places[i].entry != 0; i = (i + 1) % memoryIndexSize {
+		if begin := x.places[i].id % memoryIndexSize; (i-begin)%memoryIndexSize >= (i-free)%memoryIndexSize {
+			x.places[free] = x.places[i]
+			free = i
+		}
+	}
+	x.places[free] = memoryPlace{}
+	x.count--
+}
 
 // A responseCache has the cached answers of all projects; newResponseCache makes one.
 type responseCache struct {
@@ -290,14 +340,15 @@ type responseCache struct {
 	cacheCounters
 
 	mu          sync.Mutex
-	memory      map[int64]memoryPlace // by the id of the key
-	chunks      []*memoryChunk        // the oldest first; their numbers are consecutive, and may wrap
-	open        *memoryChunk          // the one that takes answers; nil: none does
-	chunkBytes  int64                 // what the chunks count as
-	memoryBytes int64                 // of the answers in memory
-	onDisk      map[int64]struct{}    // ids that the table may have; nil while they are not known
-	diskBytes   int64                 // about
-	uses        map[int64]int64       // id -> time of use, to be written
+	memory      memoryIndex        // of what is in the chunks
+	chunks      []*memoryChunk     // the oldest first; their numbers are consecutive, and may wrap
+	open        *memoryChunk       // the one that takes answers; nil: none does
+	spare       *memoryChunk       // to be used next; may be nil
+	chunkBytes  int64              // what the chunks count as
+	memoryBytes int64              // of the answers in memory
+	onDisk      map[int64]struct{} // ids that the table may have; nil while they are not known
+	diskBytes   int64              // about
+	uses        map[int64]int64    // id -> time of use, to be written
 
 	purges  atomic.Int64  // an answer to a call that began before the last purge is not stored
 	writing sync.Mutex    // of the table; taken before mu
@@ -311,42 +362,25 @@ func newResponseCache(st *store, sealing *contentKey, log *slog.Logger, maxBytes
 		return nil, err
 	}
 	return &responseCache{store: st, sealing: sealing, salt: salt, log: log, maxBytes: maxBytes,
-		memory: map[int64]memoryPlace{}, uses: map[int64]int64{}, wake: make(chan struct{}, 1)}, nil
-}
-
-// lookup returns the answer of a key, nil if there is none.
-func (c *responseCache) lookup(ctx context.Context, key *cacheKey, project, now int64) *cachedAnswer {
-	purges := c.purges.Load()
-	c.mu.Lock()
-	a := c.fromMemory(key, now)
-	_, maybe := c.onDisk[key.id()]
-	maybe = maybe || c.onDisk == nil
-	c.mu.Unlock()
-	if a != nil || !maybe {
-		return a
-	}
-	if a = c.read(ctx, key, project, now); a == nil {
-		return nil
-	}
-	own := a.chunkOfOwn()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.purges.Load() != purges {
-		return nil
-	}
-	c.addToMemory(a, own)
-	return c.fromMemory(key, now)
+		uses: map[int64]int64{}, wake: make(chan struct{}, 1)}, nil
 }
 
 // inMemory returns the chunk and the entry of an answer, nil if it is not in memory. The caller has mu locked.
 func (c *responseCache) inMemory(id int64) (*memoryChunk, *memoryEntry) {
-	place, found := c.memory[id]
-	if !found {
+	slot := c.memory.find(id, func(p memoryPlace) bool { return c.at(p).key.id() == id })
+	if slot < 0 {
 		return nil, nil
 	}
-	m := c.chunks[place.chunk-c.chunks[0].number]
-	return m, &m.entries[place.entry]
+	p := c.memory.places[slot]
+	return c.chunkOf(p), c.at(p)
 }
+
+// chunkOf returns the chunk of a place. The caller has mu locked.
+func (c *responseCache) chunkOf(p memoryPlace) *memoryChunk {
+	return c.chunks[p.chunk-uint16(c.chunks[0].number)] // there are fewer than 1 << 16
+}
+
+func (c *responseCache) at(p memoryPlace) *memoryEntry { return &c.chunkOf(p).entries[p.entry-1] }
 
 // fromMemory returns an answer that is in memory, nil if there is none. An answer that was not written so far is
 // written soon: it was asked for again. The caller has mu locked.
@@ -385,14 +419,16 @@ func (c *responseCache) addToMemory(a *cachedAnswer, own *memoryChunk) (*memoryC
 	}
 	m := cmp.Or(own, c.open)
 	if m == nil || own == nil && (len(m.entries) == cap(m.entries) || len(m.bytes)+len(a.data) > cap(m.bytes)) {
-		m = newMemoryChunk(nil)
+		if m, c.spare = c.spare, nil; m == nil {
+			m = newMemoryChunk(nil)
+		}
 		c.open = m
 	}
 	if len(m.entries) == 0 {
 		c.addChunk(m)
 	}
 	e := m.add(a)
-	c.memory[id] = memoryPlace{m.number, uint32(len(m.entries) - 1)}
+	c.memory.add(memoryPlace{uint32(id), uint16(m.number), uint16(len(m.entries))})
 	c.memoryBytes += e.size()
 	return m, e
 }
@@ -405,6 +441,7 @@ func (c *responseCache) addChunk(m *memoryChunk) {
 	c.chunks = append(c.chunks, m)
 	for c.chunkBytes += m.charge; c.chunkBytes > memoryCacheBytes && len(c.chunks) > 1; {
 		oldest := c.chunks[0]
+		c.spare = cmp.Or(oldest.reused(), c.spare)
 		for e := range oldest.all() {
 			if e.waits == writeAgain {
 				c.dropped.Add(1)
@@ -423,7 +460,7 @@ func (c *responseCache) addChunk(m *memoryChunk) {
 func (c *responseCache) removeFromMemory(m *memoryChunk, e *memoryEntry) {
 	m.setWaits(e, notToWrite)
 	e.gone = true
-	delete(c.memory, e.key.id())
+	c.memory.remove(c.memory.find(e.key.id(), func(p memoryPlace) bool { return c.at(p) == e }))
 	c.memoryBytes -= e.size()
 	if m.live--; m.live == 0 && m != c.open {
 		c.chunkBytes += entryOverhead - m.charge // its place remains, and so it counts something
@@ -437,46 +474,6 @@ func (c *responseCache) writeSoon(m *memoryChunk, e *memoryEntry) {
 	select {
 	case c.wake <- struct{}{}:
 	default:
-	}
-}
-
-// read returns an answer from the disk, nil if there is none that can be used.
-func (c *responseCache) read(ctx context.Context, key *cacheKey, project, now int64) *cachedAnswer {
-	ctx, cancel := context.WithTimeout(ctx, cacheReadTimeout)
-	defer cancel()
-	token, sealed, err := c.store.cachedAnswer(ctx, key.id(), project, now)
-	if err != nil {
-		return nil
-	}
-	a := &cachedAnswer{answerHead: answerHead{key: *key, project: project, token: token}}
-	plain, err := c.sealing.openCached(key.context(project), sealed)
-	if err != nil || !a.decode(plain) || now >= a.ExpiresAt {
-		return nil
-	}
-	return a
-}
-
-// put stores an answer in memory, unless something was purged since purges was read. It is written at once if it takes
-// the place of another, and otherwise when it is asked for again, or there is time. Memory has a copy of its data,
-// unless that is large.
-func (c *responseCache) put(a *cachedAnswer, purges int64) {
-	own := a.chunkOfOwn()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.purges.Load() != purges {
-		return
-	}
-	c.stored.Add(1)
-	_, replaces := c.memory[a.key.id()] // whoever asked for it brought it there
-	m, e := c.addToMemory(a, own)
-	e.recordedUse = e.StoredAt
-	switch {
-	case e.size() > c.maxBytes:
-		c.dropped.Add(1)
-	case replaces:
-		c.writeSoon(m, e)
-	default:
-		m.setWaits(e, writeOnce)
 	}
 }
 

@@ -591,7 +591,7 @@ func (e *exporter) writeLedger(w *metricsWriter) {
 // writeMetrics writes what the response cache has, and what it has done since the start.
 func (c *responseCache) writeMetrics(w *metricsWriter) {
 	c.mu.Lock()
-	inMemory, memoryBytes, onDisk, diskBytes := len(c.memory), c.memoryBytes, len(c.onDisk), c.diskBytes
+	inMemory, memoryBytes, onDisk, diskBytes := c.memory.count, c.memoryBytes, len(c.onDisk), c.diskBytes
 	c.mu.Unlock()
 	for _, f := range []struct {
 		name, help string

@@ -1,19 +1,16 @@
-// This file connects a call to the response cache: whether the cache takes part, the key of its answer, waiting for an
-// identical call, replaying a cached answer, keeping a complete one. It also has what administrators see and delete.
-// It reads no secret, sends nothing to a provider and writes no row; settle records what happened.
+// This file connects a call to the response cache: whether the cache takes part, waiting for an identical call,
+// replaying a cached answer, keeping a complete one. It also has what administrators see and delete. It reads no
+// secret, sends nothing to a provider and writes no row; settle records what happened.
 package main
 
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/binary"
 	"encoding/json"
 	"maps"
 	"net/http"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -74,9 +71,9 @@ func (p *proxy) answerFromCache(c *call, w http.ResponseWriter, r *http.Request)
 	}
 	u := &cachedCall{policy: policy, upstream: c.upstream, purges: p.cache.purges.Load(), directives: directives}
 	c.cached = u
-	c.lead.Store(&u.lead)
 	var space [32]string
 	u.answer.key = newCacheKey(p.cache.salt, c.appendCacheKeyParts(space[:0], r.Header), c.body)
+	c.lead.Store(&u.lead)
 	u.mayStore = true
 	now := time.Now().UnixMilli()
 	stored := p.cache.stored.Load()
@@ -169,78 +166,6 @@ func (p *proxy) failUncached(c *call, w http.ResponseWriter) bool {
 	return true
 }
 
-// The values of Cache-Status (RFC 9211) of calls that go to the provider.
-const (
-	cacheMiss      = "llm-proxy; fwd=miss"
-	cacheRequest   = "llm-proxy; fwd=request"
-	cacheAlone     = "llm-proxy; fwd=miss; collapsed=?0"
-	cacheBypass    = "llm-proxy; fwd=bypass; detail="
-	cacheStored    = "; stored"
-	cacheMissStore = cacheMiss + cacheStored
-)
-
-func (u *cachedCall) setStatus(h http.Header, status string) {
-	u.status[0] = status
-	h["Cache-Status"] = u.status[:]
-}
-
-// newCacheKey hashes everything that an answer depends on. Each part is preceded by its length, so that no other
-// parts give the same bytes. salt is a secret of this database: without it, nobody who has the database can check
-// whether some request was made.
-func newCacheKey(salt []byte, parts []string, body []byte) (key cacheKey) {
-	buf := make([]byte, 0, 512)
-	buf = append(buf, salt...)
-	buf = binary.AppendUvarint(buf, uint64(len(parts)))
-	for _, p := range parts {
-		buf = binary.AppendUvarint(buf, uint64(len(p)))
-		buf = append(buf, p...)
-	}
-	h := sha256.New()
-	h.Write(buf)
-	h.Write(body) // the last part: its length follows from the rest
-	h.Sum(key[:0])
-	return key
-}
-
-// appendCacheKeyParts appends what the answer depends on beside the body. The project's version stands for its policy:
-// no answer outlives a change of it.
-func (c *call) appendCacheKeyParts(parts []string, h http.Header) []string {
-	u := c.upstream
-	scope, id := "project", c.project.id
-	if c.project.policy.Cache.Scope == "token" {
-		scope, id = "token", c.tokenState.id
-	}
-	parts = append(parts, scope, id, strconv.FormatInt(c.project.version, 10), c.endpoint.name(), u.provider, u.scheme,
-		u.host, u.basePath, u.organization, u.openaiProject, u.mapModel(c.fields.model), c.query,
-		strconv.FormatBool(c.usageAdded), strconv.FormatBool(c.bufferStream))
-	parts = appendHeaderParts(parts, h, "Accept")
-	parts = appendHeaderParts(parts, h, "Content-Type")
-	if v := h["Connection"]; len(v) > 1 || len(v) == 1 && !isPlainConnection(v[0]) {
-		parts = appendHeaderParts(parts, h, "Connection") // it may name headers that do not go up
-	}
-	var space [8]string
-	names := space[:0]
-	for name := range h {
-		if isProviderHeader(name) && !describesAccount(name) {
-			names = append(names, name)
-		}
-	}
-	slices.Sort(names)
-	for _, name := range names {
-		parts = appendHeaderParts(parts, h, name)
-	}
-	return parts
-}
-
-func appendHeaderParts(parts []string, h http.Header, name string) []string {
-	values := h[name]
-	return append(append(parts, name, strconv.Itoa(len(values))), values...)
-}
-
-func isPlainConnection(value string) bool {
-	return strings.EqualFold(value, "keep-alive") || strings.EqualFold(value, "close")
-}
-
 // replay answers the call with a cached answer. detail is added to Cache-Status.
 func (p *proxy) replay(c *call, w http.ResponseWriter, a *cachedAnswer, now int64, detail string) bool {
 	if err := p.awaitCommit(c); err != nil {
@@ -274,8 +199,8 @@ func (p *proxy) replay(c *call, w http.ResponseWriter, a *cachedAnswer, now int6
 	return true
 }
 
-// accept decides by the head of the provider's answer whether it may be stored. to is the client's header.
-func (u *cachedCall) accept(p *proxy, c *call, res *http.Response, to http.Header) {
+// accept decides by the head of the provider's answer whether it may be stored.
+func (u *cachedCall) accept(p *proxy, c *call, res *http.Response) {
 	if u == nil || !u.mayStore {
 		return
 	}
@@ -292,18 +217,19 @@ func (u *cachedCall) accept(p *proxy, c *call, res *http.Response, to http.Heade
 	} else {
 		u.status[0] += cacheStored
 	}
-	if !u.grow(p, c, 1<<10+max(0, res.ContentLength)) { // a kilobyte for the header
+	u.grow(p, c, 1<<10+max(0, res.ContentLength)) // a kilobyte for the header
+}
+
+// addHeader keeps a header of the answer that the client gets.
+func (u *cachedCall) addHeader(name string, values []string) {
+	if u == nil || !u.storing || !replaysHeader(name) {
 		return
 	}
-	data := u.answer.data
-	for name, values := range to {
-		if replaysHeader(name) {
-			for _, v := range values {
-				data = appendHeaderLine(appendHeaderLine(data, name), v)
-			}
-		}
+	a := &u.answer
+	for _, v := range values {
+		a.data = appendHeaderLine(appendHeaderLine(a.data, name), v)
 	}
-	u.answer.data, u.answer.bodyAt = data, len(data)
+	a.bodyAt = len(a.data)
 }
 
 // replaysHeader reports whether an answer header describes the answer, and not the call that brought it.
@@ -317,7 +243,7 @@ func replaysHeader(name string) bool {
 	return isProviderHeader(name) && !describesAccount(name)
 }
 
-// add keeps bytes of the answer as they go to the client.
+// add keeps bytes of the body as they go to the client.
 func (u *cachedCall) add(p *proxy, c *call, b []byte) {
 	if u == nil || !u.storing {
 		return
@@ -425,6 +351,70 @@ func (c *call) isWhole() bool {
 // satisfies reports whether the answer is fresh, and fresh enough for the client.
 func (a *cachedAnswer) satisfies(d *cacheDirectives, now int64) bool {
 	return now+d.minFresh*1000 < a.ExpiresAt && (d.maxAge < 0 || now-a.StoredAt < d.maxAge*1000)
+}
+
+// lookup returns the answer of a key, nil if there is none.
+func (c *responseCache) lookup(ctx context.Context, key *cacheKey, project, now int64) *cachedAnswer {
+	purges := c.purges.Load()
+	c.mu.Lock()
+	a := c.fromMemory(key, now)
+	_, maybe := c.onDisk[key.id()]
+	maybe = maybe || c.onDisk == nil
+	c.mu.Unlock()
+	if a != nil || !maybe {
+		return a
+	}
+	if a = c.read(ctx, key, project, now); a == nil {
+		return nil
+	}
+	own := a.chunkOfOwn()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.purges.Load() != purges {
+		return nil
+	}
+	c.addToMemory(a, own)
+	return c.fromMemory(key, now)
+}
+
+// read returns an answer from the disk, nil if there is none that can be used.
+func (c *responseCache) read(ctx context.Context, key *cacheKey, project, now int64) *cachedAnswer {
+	ctx, cancel := context.WithTimeout(ctx, cacheReadTimeout)
+	defer cancel()
+	token, sealed, err := c.store.cachedAnswer(ctx, key.id(), project, now)
+	if err != nil {
+		return nil
+	}
+	a := &cachedAnswer{answerHead: answerHead{key: *key, project: project, token: token}}
+	plain, err := c.sealing.openCached(key.context(project), sealed)
+	if err != nil || !a.decode(plain) || now >= a.ExpiresAt {
+		return nil
+	}
+	return a
+}
+
+// put stores an answer in memory, unless something was purged since purges was read. It is written at once if it takes
+// the place of another, and otherwise when it is asked for again, or there is time. Memory has a copy of its data,
+// unless that is large.
+func (c *responseCache) put(a *cachedAnswer, purges int64) {
+	own := a.chunkOfOwn()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.purges.Load() != purges {
+		return
+	}
+	c.stored.Add(1)
+	_, earlier := c.inMemory(a.key.id()) // whoever asked for it brought it there
+	m, e := c.addToMemory(a, own)
+	e.recordedUse = e.StoredAt
+	switch {
+	case e.size() > c.maxBytes:
+		c.dropped.Add(1)
+	case earlier != nil:
+		c.writeSoon(m, e)
+	default:
+		m.setWaits(e, writeOnce)
+	}
 }
 
 // A flights has the calls on which identical ones wait.
@@ -560,6 +550,7 @@ func (c *responseCache) purge(ctx context.Context, f cacheFilter) (int64, error)
 	deleted := map[int64]struct{}{}
 	c.mu.Lock()
 	c.purges.Add(1)
+	c.spare = nil // it has bytes of answers that are gone
 	for _, m := range c.chunks {
 		live := m.live
 		for e := range m.all() {

@@ -1,7 +1,8 @@
 // This file decides which headers pass: the allow-lists for requests and for answers, and the headers that web pages
 // of other sites need (CORS_ORIGINS). It also decides which query parameters pass, reads the headers that ask for a
-// WebSocket or a buffered stream, and finds the credential that a request presents. At its end, it finds out which
-// calls belong together, and has the headers of a token's limits. It sends nothing and checks no token.
+// WebSocket or a buffered stream, and those that concern the response cache, and finds the credential that a request
+// presents. At its end, it has what the key of a cached answer is made of, finds out which calls belong together, and
+// has the headers of a token's limits. It sends nothing and checks no token.
 package main
 
 import (
@@ -522,6 +523,60 @@ func eachDirective(lines []string, do func(name, value string)) {
 func forbidsStoring(lines []string) (forbidden bool) {
 	eachDirective(lines, func(name, _ string) { forbidden = forbidden || name == "no-store" || name == "private" })
 	return forbidden
+}
+
+// appendCacheKeyParts appends what the answer depends on beside the body. The project's version stands for its policy:
+// no answer outlives a change of it.
+func (c *call) appendCacheKeyParts(parts []string, h http.Header) []string {
+	u := c.upstream
+	scope, id := "project", c.project.id
+	if c.project.policy.Cache.Scope == "token" {
+		scope, id = "token", c.tokenState.id
+	}
+	parts = append(parts, scope, id, strconv.FormatInt(c.project.version, 10), c.endpoint.name(), u.provider, u.scheme,
+		u.host, u.basePath, u.organization, u.openaiProject, u.mapModel(c.fields.model), c.query,
+		strconv.FormatBool(c.usageAdded), strconv.FormatBool(c.bufferStream))
+	parts = appendHeaderParts(parts, h, "Accept")
+	parts = appendHeaderParts(parts, h, "Content-Type")
+	if v := h["Connection"]; len(v) > 1 || len(v) == 1 && !isPlainConnection(v[0]) {
+		parts = appendHeaderParts(parts, h, "Connection") // it may name headers that do not go up
+	}
+	var space [8]string
+	names := space[:0]
+	for name := range h {
+		if isProviderHeader(name) && !describesAccount(name) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		parts = appendHeaderParts(parts, h, name)
+	}
+	return parts
+}
+
+func appendHeaderParts(parts []string, h http.Header, name string) []string {
+	values := h[name]
+	return append(append(parts, name, strconv.Itoa(len(values))), values...)
+}
+
+func isPlainConnection(value string) bool {
+	return strings.EqualFold(value, "keep-alive") || strings.EqualFold(value, "close")
+}
+
+// The values of Cache-Status (RFC 9211) of calls that go to the provider.
+const (
+	cacheMiss      = "llm-proxy; fwd=miss"
+	cacheRequest   = "llm-proxy; fwd=request"
+	cacheAlone     = "llm-proxy; fwd=miss; collapsed=?0"
+	cacheBypass    = "llm-proxy; fwd=bypass; detail="
+	cacheStored    = "; stored"
+	cacheMissStore = cacheMiss + cacheStored
+)
+
+func (u *cachedCall) setStatus(h http.Header, status string) {
+	u.status[0] = status
+	h["Cache-Status"] = u.status[:]
 }
 
 // findAffinity returns what keeps the call together with others, so that they get the upstream that has their prompt

@@ -176,9 +176,11 @@ func (w *responseWriter) prepare(res *http.Response) {
 	}
 
 	to := w.client.Header()
+	w.c.cached.accept(w.p, w.c, res)
 	for name, values := range res.Header {
 		if allowResponseHeader(name) && !w.keyMask.containsKey(values) {
 			to[name] = values
+			w.c.cached.addHeader(name, values)
 			if isRequestID(name) && (w.providerRequestID == "" || name == "X-Request-Id" || name == "Request-Id") {
 				w.providerRequestID = clip(values[0], 128)
 			}
@@ -197,7 +199,6 @@ func (w *responseWriter) prepare(res *http.Response) {
 	if w.sse {
 		setStreamHeaders(to)
 	}
-	w.c.cached.accept(w.p, w.c, res, to)
 	_, peeked := res.Body.(*peekedBody)
 	w.body = answerBody{ReadCloser: res.Body, w: w, peeked: peeked}
 	w.framed = res.ContentLength >= 0
@@ -293,10 +294,9 @@ func (w *responseWriter) flush() error {
 }
 
 func (w *responseWriter) endWrite(err error) error {
-	if err != nil {
-		if w.clientGone = true; !w.c.cached.isAwaited(w.p) {
-			return err
-		}
+	w.clientGone = w.clientGone || err != nil
+	if err != nil && !w.c.cached.isAwaited(w.p) {
+		return err
 	}
 	w.c.setPhase(phaseRelaying)
 	return nil

@@ -5,11 +5,14 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"iter"
 	"math"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -26,8 +29,8 @@ func (p *testProxy) forgetMemory() {
 	for m, e := range c.allInMemory() {
 		c.removeFromMemory(m, e)
 	}
-	if c.memoryBytes != 0 || len(c.memory) != 0 || c.countWaiting(writeOnce) != 0 || c.countWaiting(writeAgain) != 0 {
-		p.t.Errorf("the empty memory has %d bytes and %d answers", c.memoryBytes, len(c.memory))
+	if c.memoryBytes != 0 || c.memory.count != 0 || c.countWaiting(writeOnce) != 0 || c.countWaiting(writeAgain) != 0 {
+		p.t.Errorf("the empty memory has %d bytes and %d answers", c.memoryBytes, c.memory.count)
 	}
 }
 
@@ -289,7 +292,7 @@ func TestCachePurge(t *testing.T) {
 	if n := p.cachedRows(); n != 0 {
 		t.Errorf("%d rows are left after the other project was deleted", n)
 	}
-	if n := len(p.instance.cache.memory); n != 0 {
+	if n := p.instance.cache.memory.count; n != 0 {
 		t.Errorf("%d answers are left in memory", n)
 	}
 }
@@ -360,7 +363,7 @@ func TestCacheBounded(t *testing.T) {
 // testAnswer returns an answer with n bytes, which differ from those of others, as does its key.
 func testAnswer(i, n int) *cachedAnswer {
 	data := bytes.Repeat([]byte{byte(i)}, n)
-	return &cachedAnswer{answerHead: answerHead{key: cacheKey{1, byte(i), byte(i >> 8), byte(i >> 16)}, project: 1,
+	return &cachedAnswer{answerHead: answerHead{key: sha256.Sum256(strconv.AppendInt(nil, int64(i), 10)), project: 1,
 		cachedMeta: cachedMeta{ExpiresAt: time.Now().UnixMilli() + 60_000}}, model: "m", data: data}
 }
 
@@ -387,9 +390,9 @@ func (c *responseCache) checkMemory(t *testing.T) {
 		t.Errorf("there are %d chunks", n)
 	}
 	if waiting := c.countWaiting(writeOnce); capacity > memoryCacheBytes || capacity != c.chunkBytes ||
-		bytes != c.memoryBytes || listed != len(c.memory) || waiting < 0 || waiting > listed {
+		bytes != c.memoryBytes || listed != c.memory.count || waiting < 0 || waiting > listed {
 		t.Fatalf("%d of %d bytes and %d answers are in memory, %d are listed, %d wait to be written, %d of %d bytes "+
-			"are in chunks", c.memoryBytes, bytes, len(c.memory), listed, waiting, c.chunkBytes, capacity)
+			"are in chunks", c.memoryBytes, bytes, c.memory.count, listed, waiting, c.chunkBytes, capacity)
 	}
 }
 
@@ -424,6 +427,9 @@ func TestCacheMemory(t *testing.T) {
 		}
 	}
 	c.checkMemory(t)
+	if c.spare == nil {
+		t.Errorf("the space of answers that nobody had asked for is not used again")
+	}
 	if find(10, small) != nil || find(14_999, small) == nil || c.chunks[0].number > math.MaxUint32/2 {
 		t.Errorf("the oldest of 15,000 answers is in memory, or the newest is not")
 	}
@@ -449,6 +455,9 @@ func TestCacheMemory(t *testing.T) {
 			t.Errorf("memory has an answer that was purged")
 		}
 	}
+	if c.spare != nil {
+		t.Errorf("after a purge, memory keeps the space of other answers, which may be of the same project")
+	}
 	c.mu.Unlock()
 	if a := c.lookup(context.Background(), &other.key, 1, time.Now().UnixMilli()); a == nil ||
 		!bytes.Equal(a.data, other.data) || find(hot, small) != nil {
@@ -456,6 +465,43 @@ func TestCacheMemory(t *testing.T) {
 	}
 	if want := testAnswer(hot, small); !bytes.Equal(first.data, want.data) {
 		t.Errorf("an answer has changed after it left memory")
+	}
+}
+
+// TestMemoryIndex: the index finds what a map finds, also if many ids begin their search at one place, and at its end.
+func TestMemoryIndex(t *testing.T) {
+	t.Parallel()
+	var x memoryIndex
+	want := map[int64]memoryPlace{}
+	find := func(id int64) int {
+		return x.find(id, func(p memoryPlace) bool { return p == want[id] })
+	}
+	random := rand.New(rand.NewPCG(1, 2))
+	for i := range 100_000 {
+		id := int64(random.IntN(300)*(memoryIndexSize/4) + memoryIndexSize - random.IntN(40))
+		if p, found := want[id]; found {
+			slot := find(id)
+			if slot < 0 || x.places[slot] != p {
+				t.Fatalf("step %d: %d is not found", i, id)
+			}
+			x.remove(slot)
+			delete(want, id)
+		} else if find(id) >= 0 {
+			t.Fatalf("step %d: %d is found", i, id)
+		} else {
+			want[id] = memoryPlace{uint32(id), uint16(i), uint16(i>>16 + 1)}
+			x.add(want[id])
+		}
+		if i%1000 == 0 {
+			for id := range want {
+				if find(id) < 0 {
+					t.Fatalf("step %d: %d is lost", i, id)
+				}
+			}
+		}
+	}
+	if x.count != len(want) {
+		t.Errorf("the index counts %d places, there are %d", x.count, len(want))
 	}
 }
 
@@ -501,7 +547,7 @@ func TestCacheDiskHangs(t *testing.T) {
 		c.put(testAnswer(i, 15<<20), 0)
 	}
 	c.mu.Lock()
-	n, bytes := len(c.memory), c.memoryBytes
+	n, bytes := c.memory.count, c.memoryBytes
 	c.mu.Unlock()
 	if n != 2 || bytes > memoryCacheBytes || c.dropped.Load() != 1 {
 		t.Errorf("%d answers of %d bytes are in memory, %d were dropped", n, bytes, c.dropped.Load())

@@ -1,6 +1,6 @@
 // This file finds out, by keyed hashes, which calls belong together. Calls that share a cached prompt go to one
 // upstream: providers cache prompts by key. Calls that their clients send again are counted, and those that fail each
-// time are found.
+// time are found. Calls with the same key in the response cache are the same.
 //
 // How affinity works: each pair of a session and an upstream has a rank, which only a secret of the database and the
 // upstream's weight decide (rendezvous hashing). A call goes to the upstream with the best rank of those that may have
@@ -14,6 +14,8 @@ package main
 import (
 	"cmp"
 	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
 	"hash/maphash"
 	"math"
 	"math/rand/v2"
@@ -469,4 +471,38 @@ func (t *retryTracker) storms(now int64) (list []failingRequest) {
 		return cmp.Or(cmp.Compare(b.failures, a.failures), cmp.Compare(b.lastAt, a.lastAt))
 	})
 	return list
+}
+
+// The key of a cached answer.
+
+// A cacheKey names an answer.
+type cacheKey [sha256.Size]byte
+
+// id is the row of a key in the table cache.
+func (k *cacheKey) id() int64 { return int64(binary.BigEndian.Uint64(k[:8])) }
+
+// String is the key as clients see it.
+func (k *cacheKey) String() string { return hex.EncodeToString(k[:8]) }
+
+// context binds a sealed answer to its project and its key.
+func (k *cacheKey) context(project int64) string {
+	return strconv.FormatInt(project, 10) + "|" + hex.EncodeToString(k[:])
+}
+
+// newCacheKey hashes everything that an answer depends on. Each part is preceded by its length, so that no other
+// parts give the same bytes. salt is a secret of this database: without it, nobody who has the database can check
+// whether some request was made.
+func newCacheKey(salt []byte, parts []string, body []byte) (key cacheKey) {
+	buf := make([]byte, 0, 512)
+	buf = append(buf, salt...)
+	buf = binary.AppendUvarint(buf, uint64(len(parts)))
+	for _, p := range parts {
+		buf = binary.AppendUvarint(buf, uint64(len(p)))
+		buf = append(buf, p...)
+	}
+	h := sha256.New()
+	h.Write(buf)
+	h.Write(body) // the last part: its length follows from the rest
+	h.Sum(key[:0])
+	return key
 }
