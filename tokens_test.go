@@ -284,7 +284,8 @@ func TestRevokedForGood(t *testing.T) {
 // TestExpiry: a token is valid until its expires_at, exclusive.
 func TestExpiry(t *testing.T) {
 	t.Parallel()
-	live, st := &liveToken{}, &tokenState{expiresAt: 1000}
+	live, st := &liveToken{project: &liveProject{}}, &tokenState{expiresAt: 1000}
+	live.project.state.Store(&projectState{})
 	for now, want := range map[int64]string{999: "", 1000: "expired", 1001: "expired"} {
 		if got := live.validity(st, now); got != want {
 			t.Errorf("at %d: %q, want %q", now, got, want)
