@@ -528,8 +528,10 @@ func (ui *adminUI) exportRequests(r *pageRequest) (*pageResponse, error) {
 	details := []auditField{{"format", format}}
 	for _, name := range filterNames() {
 		if v := r.form.Get(name); v != "" {
-			if name == endUserAttribute {
-				v = f.endUser // as it is recorded: the audit trail is never changed
+			if name == endUserAttribute || name == sessionAttribute {
+				if v, err = ui.ops.auditName(f.project, v); err != nil {
+					return nil, err
+				}
 			}
 			details = append(details, auditField{name, v})
 		}

@@ -792,6 +792,13 @@ func TestAttributionPages(t *testing.T) {
 			t.Errorf("the download lacks %s: %s", line, csv)
 		}
 	}
+	calls := b.post("/admin/requests/export", url.Values{"format": {"csv"}, "period": {"7d"}, "session": {session},
+		"end_user": {"Zoë <i>"}})
+	trail := p.manageAs(p.adminKey, "GET", "/manage/audit?action=export", "").body
+	if calls.status != 200 || !strings.Contains(calls.body, "Zoë <i>") || strings.Contains(trail, "Zo") ||
+		strings.Contains(trail, "s/1") || strings.Count(trail, `":"`+endUserHashPrefix) != 2 {
+		t.Errorf("a download of an end user's calls: %d %s; the audit trail has %s", calls.status, calls.body, trail)
+	}
 	res := b.post("/admin/projects/"+p.project+"/erase-end-user", url.Values{"end_user": {"Zoë <i>"}})
 	if res.status != 303 || p.ledger()[0].EndUser != "" {
 		t.Errorf("the form: got %d", res.status)

@@ -311,6 +311,15 @@ func (ops *operations) endUserNames(p projectRow, name string) ([]string, error)
 	return append(names, hash), err
 }
 
+// auditName returns how the audit trail shows an end user or session that someone looked for in a project ("": in all):
+// hashed, because nothing could erase the name from there.
+func (ops *operations) auditName(project, name string) (string, error) {
+	if isEndUserHash(name) {
+		return name, nil
+	}
+	return ops.contentKey.hashEndUser(project, name)
+}
+
 // forgetEndUser lets the running calls of a project end without the end users that matches names, and returns when
 // all that have ended are written, and all late usage of which the name was read before.
 func (ops *operations) forgetEndUser(ctx context.Context, project string, matches func(name string) bool) error {

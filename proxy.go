@@ -217,8 +217,7 @@ func (p *proxy) newCall(w http.ResponseWriter, r *http.Request) *call {
 	}
 	w.Header()["X-Content-Type-Options"] = p.noSniff
 	if c.shape == shapeGoogle && r.Header["X-Goog-Api-Key"] == nil && r.Header["Authorization"] == nil {
-		// A link can have the token in its query, and so a browser may show what the provider sends as a page of this
-		// origin. Its scripts must not run: they could use an administrator's session.
+		// A link can have the token in its query. In a browser, scripts of the answer could use a session of /admin.
 		w.Header()["Content-Security-Policy"] = []string{"default-src 'none'; frame-ancestors 'none'; sandbox"}
 	}
 	return c

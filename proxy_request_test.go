@@ -305,6 +305,31 @@ func TestOddFraming(t *testing.T) {
 	}
 }
 
+// TestBothFramings: a request with a length and chunks is the last one of its connection, because a proxy in front may
+// see another end of it.
+func TestBothFramings(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	body := chatBody()
+	for _, c := range []struct{ head, body string }{
+		{"POST /v1/chat/completions HTTP/1.1\r\nAuthorization: Bearer " + p.token, body},
+		{"POST /v1/chat/completions HTTP/1.1\r\nAuthorization: Bearer " + p.token, ""},
+		{"POST /v1/chat/completions HTTP/1.1\r\nAuthorization: Bearer wrong", ""},
+		{"POST /manage/projects HTTP/1.1\r\nAuthorization: Bearer " + p.adminKey, "{}"},
+		{"POST /admin/sign-in HTTP/1.1", ""}, {"GET /healthz HTTP/1.1", ""},
+	} {
+		chunks := "0\r\n\r\n"
+		if c.body != "" {
+			chunks = fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(c.body), c.body)
+		}
+		got := p.sendRaw(c.head + "\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n" +
+			"Content-Length: 6\r\n\r\n" + chunks + p.smuggledRequest())
+		if n := strings.Count(got, "HTTP/1.1 "); n != 1 || !strings.Contains(got, "\r\nConnection: close\r\n") {
+			t.Errorf("%s: %d answers: %q", strings.Fields(c.head)[1], n, got)
+		}
+	}
+}
+
 // TestUnreadBodyIsNoRequest: the body of a refused call is not read as the next request on the connection.
 func TestUnreadBodyIsNoRequest(t *testing.T) {
 	t.Parallel()

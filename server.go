@@ -57,8 +57,10 @@ func (s *server) routes() http.Handler {
 	mux.HandleFunc("/", unknownPath)
 	outsideV1, preflight := canonicalOnly(mux), http.HandlerFunc(s.crossOrigin.answerPreflight)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if s.readiness.running.isDraining() {
-			w.Header().Set("Connection", "close") // the client's next request goes to another process
+		// While draining, the client's next request goes to another process. A chunked request may have a length too,
+		// by which a proxy in front sees another end of it: nothing after it is a request (RFC 9112, 6.1).
+		if s.readiness.running.isDraining() || r.TransferEncoding != nil {
+			w.Header().Set("Connection", "close")
 		}
 		// ServeMux must not see the APIs: it cleans paths that are not canonical and answers with a
 		// redirect, but such a path must not reach another endpoint than the one it names.
