@@ -9,8 +9,6 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
-	"errors"
-	"mime"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -65,6 +63,7 @@ type meter struct {
 	strip         bool
 	ended         bool        // finish was called
 	currentSource usageSource // "" before the first byte
+	textOnly      bool        // of a stream whose usage is an estimate: only text has come since counts was set
 	hasUsage      bool        // usage is from the answer
 	usage         usageFields // of all usable usage objects
 	tools         toolCounts  // of the response
@@ -128,7 +127,13 @@ func (m *meter) process(p []byte) []byte {
 	if !m.strip {
 		out = p
 	}
+	if m.textOnly {
+		m.counts.output = m.estimateOutput()
+		return out
+	}
 	m.counts, m.currentSource = m.currentUsage()
+	m.textOnly = m.format == formatSSE && m.currentSource == usageEstimated && !m.hasUsage && !m.failed &&
+		m.scan.durationMS == 0 && !m.reader.parsing
 	return out
 }
 
@@ -189,21 +194,6 @@ func formatOf(p []byte, declaredSSE bool) answerFormat {
 		}
 	}
 	return formatOther
-}
-
-// mediaType returns the type in a Content-Type header, "" if there is none.
-func mediaType(header string) string {
-	switch header { // nearly all are one of these
-	case "application/json", "text/event-stream":
-		return header
-	case "text/event-stream; charset=utf-8":
-		return "text/event-stream"
-	}
-	t, _, err := mime.ParseMediaType(header)
-	if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) { // despite a bad parameter, the type is clear
-		return ""
-	}
-	return t
 }
 
 // processFormat reads the next bytes once the format is known, and returns those for the client.

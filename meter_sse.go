@@ -400,7 +400,7 @@ func (m *meter) finishEvent(event []byte, complete bool) bool {
 	failed := m.failed
 	usageChunk := e.cutter.hasData && m.applyEvent(complete) && !large
 	if m.failed && !failed {
-		m.errorEvent = eventData(event)
+		m.errorEvent, m.textOnly = eventData(event), false
 	}
 	e.oversized, e.parsing, e.walking, e.headLen = false, false, false, 0
 	return usageChunk
@@ -432,7 +432,7 @@ func (m *meter) walkData(parts ...[]byte) {
 // scanData passes the data of the current event to the JSON scanner from its first byte: parts are the event so
 // far. readData passes on what comes later.
 func (m *meter) scanData(parts ...[]byte) {
-	m.reader.parsing = true
+	m.reader.parsing, m.textOnly = true, false
 	m.scan.reset(true)
 	again := sseCutter{started: !m.reader.cutter.first}
 	for _, part := range parts {

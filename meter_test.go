@@ -210,6 +210,42 @@ func TestMeterEveryCut(t *testing.T) {
 	}
 }
 
+// TestMeterCurrent: after each piece of an answer the usage is what it would be if the answer ended there, although it
+// is not found anew for each word of a stream.
+func TestMeterCurrent(t *testing.T) {
+	t.Parallel()
+	const word = `data: {"choices":[{"delta":{"content":"word"}}]}` + "\n\n"
+	cases := usageCases(t)
+	for _, body := range []string{
+		word + word + "event: error\ndata: {\"x\":1}\n\n" + word,
+		"event: error\ndata: {\"x\":1}\n\n" + word + word,
+		word + "event: response.failed\ndata: {\"x\":1}\n\n",
+		word + `data: {"service_tier":"priority","usage":{"prompt_tokens":9,"completion_tokens":700}}` + "\n\n" + word + word,
+		word + `data: {"padding":"` + strings.Repeat("x", maxEventBytes) + `","usage":{"prompt_tokens":9}}` + "\n\n" + word,
+	} {
+		cases = append(cases, usageCase{name: body[:60], kind: "openai sse", body: []byte(body)})
+	}
+	for _, g := range cases {
+		for _, size := range []int{1, 7, 50, 200} {
+			if size == 1 && len(g.body) > maxEventBytes {
+				continue
+			}
+			m, at := g.meter(false), 0
+			for piece := range slices.Chunk(g.body, size) {
+				m.process(piece)
+				at += len(piece)
+				again := *m
+				again.counts, again.currentSource = again.currentUsage()
+				if m.counts != again.counts || m.details != again.details || m.source() != again.source() ||
+					m.unmeasured != again.unmeasured || m.implausible != again.implausible {
+					t.Fatalf("%s in pieces of %d, after %d bytes:\n got %s\nwant %s", g.name, size, at, meterState(m),
+						meterState(&again))
+				}
+			}
+		}
+	}
+}
+
 // TestMeterStrip: exactly the usage event is left out, however it is cut into pieces.
 func TestMeterStrip(t *testing.T) {
 	t.Parallel()

@@ -9,8 +9,10 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"math"
+	"mime"
 	"net/http"
 	"net/url"
 	"slices"
@@ -212,6 +214,21 @@ func allowResponseHeader(name string) bool {
 		return true
 	}
 	return isRequestID(name) || isProviderHeader(name) && !describesAccount(name)
+}
+
+// mediaType returns the type in a Content-Type header, "" if there is none.
+func mediaType(header string) string {
+	switch header { // nearly all are one of these
+	case "application/json", "text/event-stream":
+		return header
+	case "text/event-stream; charset=utf-8":
+		return "text/event-stream"
+	}
+	t, _, err := mime.ParseMediaType(header)
+	if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) { // despite a bad parameter, the type is clear
+		return ""
+	}
+	return t
 }
 
 // headerValue returns the first value of a header, "" if there is none. name is canonical: Header.Get would make it so.
