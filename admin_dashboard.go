@@ -313,6 +313,8 @@ type rankingTable struct {
 	More    int64 // rows left out
 	Sampled int64 // the rows count only this many of the latest calls; 0: all
 	TooMany bool  // sums to add up
+
+	Rest, RestShare string // what the rows that are left out have
 }
 
 type rankingRow struct {
@@ -460,12 +462,13 @@ func (d *dashData) rankings(q *dashQuery) (tables []rankingTable) {
 }
 
 func (d *dashData) ranking(q *dashQuery, title string, shares []usageShare, whole float64) rankingTable {
-	t := rankingTable{Title: title, More: int64(max(0, len(shares)-rankingSize))}
+	t, rest := rankingTable{Title: title, More: int64(max(0, len(shares)-rankingSize))}, whole
 	for _, v := range shares[:min(len(shares), rankingSize)] {
 		value := q.valueOf(v.usageTotals)
 		if value == 0 {
-			break // the rest is zero too
+			break // the others are zero too
 		}
+		rest -= value
 		row := rankingRow{Name: v.name, Label: v.label, Link: q.rankingLink(title, &v), Value: q.unit().format(value),
 			Amounts: pluralize(v.calls, "call", "calls") + ", " + pluralize(v.tokens, "token", "tokens") + ", " +
 				formatMoney(v.cost),
@@ -477,6 +480,9 @@ func (d *dashData) ranking(q *dashQuery, title string, shares []usageShare, whol
 			row.Name, row.Link = "none", ""
 		}
 		t.Rows = append(t.Rows, row)
+	}
+	if rest = max(0, rest); whole > 0 {
+		t.Rest, t.RestShare = q.unit().format(rest), percent(100*rest/whole)
 	}
 	return t
 }

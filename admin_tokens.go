@@ -145,8 +145,11 @@ func (ui *adminUI) revokeSelected(r *pageRequest) (*pageResponse, error) {
 		form.Hidden = append(form.Hidden, labeledValue{"id", id})
 	}
 	if r.form.Get("sure") != "yes" {
-		v := &confirmView{Ask: "revoke-tokens", Items: names, Form: form}
-		return showPage("confirm", "Revoke these tokens?", v), nil
+		v, title := &confirmView{Ask: "revoke-tokens", Items: names, Form: form}, "Revoke these tokens?"
+		if len(ids) == 1 {
+			v.Ask, title = "revoke-token", "Revoke this token?"
+		}
+		return showPage("confirm", title, v), nil
 	}
 	for _, id := range ids {
 		if _, err := ui.ops.revokeToken(r.ctx, r.origin, id, 0); err != nil {

@@ -461,9 +461,9 @@ func (d *dashData) errorTile(q *dashQuery) tile {
 func (d *dashData) latencyTile(q *dashQuery, label string, of func(*hourSum) *latencyHistogram) tile {
 	now, was := of(&d.total), of(d.previous)
 	median, before := now.quantile(0.5), was.quantile(0.5)
-	t := tile{Label: label, Value: unitMillis.figure(median),
-		Details: []tileDetail{{Text: "median, p95 " + unitMillis.format(now.quantile(0.95))}},
-		Course:  d.course(q, func(h *hourSum) float64 { return orNaN(of(h).quantile(0.5)) })}
+	p95 := strings.ReplaceAll("p95 "+unitMillis.format(now.quantile(0.95)), " ", "\u00a0") // on one line
+	t := tile{Label: label, Value: unitMillis.figure(median), Details: []tileDetail{{Text: "median, " + p95}},
+		Course: d.course(q, func(h *hourSum) float64 { return orNaN(of(h).quantile(0.5)) })}
 	if before >= 0 {
 		t.Previous = new(unitMillis.figure(before))
 	}

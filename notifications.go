@@ -70,7 +70,7 @@ func (u *limitUseState) event(percent int64) notificationData {
 	if u.windowEnd > 0 && u.windowEnd < neverExpires {
 		e.ResetsAt = new(timestamp(u.windowEnd))
 	}
-	e.Summary = fmt.Sprintf("%d %% of a limit of %s is used: %s.", percent, owner, e.Limit)
+	e.Summary = fmt.Sprintf("%d%% of a limit of %s is used: %s.", percent, owner, e.Limit)
 	if percent >= 100 {
 		e.Summary = fmt.Sprintf("A limit of %s is used up: %s.", owner, e.Limit)
 	}
@@ -494,7 +494,7 @@ func (n *notifier) checkErrorsOf(ctx context.Context, now int64, p *projectState
 	}
 	share := 100 * failed / sum.calls
 	data := notificationData{ProjectID: p.id, ProjectName: p.name, Percent: share, Calls: sum.calls, Errors: failed,
-		Summary: fmt.Sprintf("%d %% of the calls of the project %s in the hour from %s have failed: %d of %d.",
+		Summary: fmt.Sprintf("%d%% of the calls of the project %s in the hour from %s have failed: %d of %d.",
 			share, p.name, time.UnixMilli(hour).UTC().Format("15:04 UTC"), failed, sum.calls)}
 	var errs []error
 	for i := range n.hooks {

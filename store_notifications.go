@@ -185,7 +185,7 @@ func notificationTypes() []string {
 // notificationLabel says for what a type of notification is.
 func notificationLabel(eventType string) string {
 	return map[string]string{
-		eventLimit:      "Limits that are used at 50, 80 and 100 %",
+		eventLimit:      "Limits that are used at 50, 80 and 100%",
 		eventExpiry:     "Tokens that expire in 7 days or 1 day",
 		eventExhausted:  "Provider keys without credit or quota",
 		eventRefused:    "Provider keys that are refused",

@@ -429,6 +429,20 @@ describePages('the pages', new Proxy(), (proxy, visit) => {
     }
   });
 
+  test('the key / leads to the search of a list and, from other pages, of calls', async () => {
+    const visitor = await visit();
+    const { page } = visitor;
+    await (await proxy.call(proxy.token)).text();
+    await visitor.signIn();
+    for (const [from, to] of [['/admin/tokens', '/admin/tokens'], ['/admin/settings', '/admin/requests#search']]) {
+      await page.goto(proxy.url + from);
+      await page.keyboard.press('/');
+      await page.waitForURL(proxy.url + to);
+      await page.waitForFunction(() => document.activeElement.id === 'search');
+    }
+    await visitor.end();
+  });
+
   test('pointing at a chart shows the numbers of that time in all charts of the page', async () => {
     const plain = await visit({ javaScriptEnabled: false });
     const visitor = await visit({ hasTouch: true });

@@ -200,15 +200,17 @@ function startRefresh(choice) {
   schedule();
 }
 
-// The key / moves the focus to the search field of a list.
+// The key / moves the focus to the search field of a list. On other pages, it opens the search of calls.
 document.addEventListener("keydown", (event) => {
-  const search = document.querySelector("[data-search]");
-  if (event.key !== "/" || !search || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || !document.querySelector(".top nav")) return;
   if (event.target.closest("input:not([type=checkbox], [type=radio]), textarea, select, [contenteditable]")) return;
   event.preventDefault();
-  search.focus();
-  search.select();
+  const search = document.querySelector("[data-search]");
+  if (!search) location.href = "/admin/requests#search";
+  search?.focus();
+  search?.select();
 });
+if (location.hash === "#search") document.querySelector("[data-search]")?.focus();
 
 // The choice of colors; theme.js applies it to each page.
 for (const theme of document.querySelectorAll("[data-theme-choice]")) {
