@@ -35,11 +35,11 @@ func commonPriceKinds() []string {
 }
 
 func newPriceTableRow(v priceView) priceTableRow {
-	row, members := priceTableRow{priceView: v}, jsonFields(mustMarshal(v))
-	has := func(name string) bool { return len(members[name]) > 0 && string(members[name]) != "null" }
+	row := priceTableRow{priceView: v}
+	has := func(name string) bool { return len(v.Members[name]) > 0 && string(v.Members[name]) != "null" }
 	for _, info := range priceKinds {
 		if has(info.name) && !slices.Contains(commonPriceKinds(), info.name) {
-			text := formatPrice(displayJSON(members[info.name])) + info.unit.suffix()
+			text := formatPrice(displayJSON(v.Members[info.name])) + info.unit.suffix()
 			row.Other = append(row.Other, info.label+" "+text)
 		}
 	}

@@ -128,7 +128,7 @@ func (ps *pageSet) funcs() template.FuncMap {
 		"textParts":  textParts,
 		"plural":     pluralize, // plural 3 "token" "tokens": 3 tokens
 		"list":       func(items ...any) []any { return items },
-		"price":      func(v *json.RawMessage) string { return formatPrice(string(*v)) },
+		"price":      func(v json.RawMessage) string { return formatPrice(string(v)) },
 	}
 }
 

@@ -138,15 +138,22 @@ func (r *requestRow) attributionColumns() []any {
 	return []any{&a.session, &a.endUser, &a.tags}
 }
 
-// attributionJSON is the form in which an unwritten row has an attribution.
+// attributionJSON is the form of an attribution in unwritten rows and in answers of /manage.
 type attributionJSON struct {
 	Session string  `json:"session"`
 	EndUser string  `json:"end_user"`
 	Tags    tagList `json:"tags"`
 }
 
+func newAttributionJSON(a *attribution) (v attributionJSON) {
+	if a != nil {
+		v = attributionJSON{a.session, a.endUser, a.tags}
+	}
+	return v
+}
+
 func (a *attribution) MarshalJSON() ([]byte, error) {
-	return json.Marshal(attributionJSON{a.session, a.endUser, a.tags})
+	return json.Marshal(newAttributionJSON(a))
 }
 
 func (a *attribution) UnmarshalJSON(text []byte) error {

@@ -318,12 +318,7 @@ func parseHop(text string) (netip.Addr, bool) {
 }
 
 func (a *addressReader) trusts(addr netip.Addr) bool {
-	for _, p := range a.trustedProxies {
-		if p.Contains(addr.Unmap()) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(a.trustedProxies, func(p netip.Prefix) bool { return p.Contains(addr.Unmap()) })
 }
 
 // parseTrustedProxies reads a list of networks, in which "unix" means the socket.

@@ -194,63 +194,28 @@ func hasBasePrice(m priceMembers) bool {
 	return false
 }
 
-// A priceView is a price as the management API shows it. A kind that is null has no price of its own.
+// A priceView is a price as the management API shows it: an object that has every kind of usage and every other part of
+// a price, too, null where this price has none of its own.
 type priceView struct {
-	ID                      string           `json:"id"` // "": a list price
-	Match                   string           `json:"match"`
-	ValidFrom               *timestamp       `json:"valid_from"` // null: always
-	Input                   *json.RawMessage `json:"input"`
-	CachedInput             *json.RawMessage `json:"cached_input"`
-	CacheWrite              *json.RawMessage `json:"cache_write"`
-	CacheWrite1h            *json.RawMessage `json:"cache_write_1h"`
-	AudioInput              *json.RawMessage `json:"audio_input"`
-	CachedAudioInput        *json.RawMessage `json:"cached_audio_input"`
-	ImageInput              *json.RawMessage `json:"image_input"`
-	CachedImageInput        *json.RawMessage `json:"cached_image_input"`
-	Output                  *json.RawMessage `json:"output"`
-	ReasoningOutput         *json.RawMessage `json:"reasoning_output"`
-	AudioOutput             *json.RawMessage `json:"audio_output"`
-	ImageOutput             *json.RawMessage `json:"image_output"`
-	InputMinute             *json.RawMessage `json:"input_minute"`
-	OutputMinute            *json.RawMessage `json:"output_minute"`
-	InputCharacter          *json.RawMessage `json:"input_character"`
-	InputPicture            *json.RawMessage `json:"input_picture"`
-	OutputPicture           *json.RawMessage `json:"output_picture"`
-	Query                   *json.RawMessage `json:"query"`
-	WebSearchCall           *json.RawMessage `json:"web_search_call"`
-	WebSearchCallLow        *json.RawMessage `json:"web_search_call_low"`
-	WebSearchCallMedium     *json.RawMessage `json:"web_search_call_medium"`
-	WebSearchCallHigh       *json.RawMessage `json:"web_search_call_high"`
-	FileSearchCall          *json.RawMessage `json:"file_search_call"`
-	CodeInterpreterSession  *json.RawMessage `json:"code_interpreter_session"`
-	ImageGenerationCall     *json.RawMessage `json:"image_generation_call"`
-	SearchSource            *json.RawMessage `json:"search_source"`
-	AboveInputTokens        *json.RawMessage `json:"above_input_tokens"`
-	ServiceTier             *json.RawMessage `json:"service_tier"`
-	Multiplier              *json.RawMessage `json:"multiplier"`
-	UnknownAboveInputTokens *json.RawMessage `json:"unknown_above_input_tokens"`
-	Provider                string           `json:"provider"`   // of a list price
-	AsOf                    string           `json:"as_of"`      // the date of the list that a list price is from
-	UpdatedAt               *timestamp       `json:"updated_at"` // null: a list price
+	ID        string // "": a list price
+	Match     string
+	ValidFrom *timestamp   // null: always
+	Members   priceMembers // the kinds and other parts that it has
+	Provider  string       // of a list price
+	AsOf      string       // the date of the list that a list price is from
+	UpdatedAt *timestamp   // null: a list price
 }
 
-// setMembers fills in the members of a price in JSON.
-func (v *priceView) setMembers(m priceMembers) {
-	targets := [...]**json.RawMessage{&v.Input, &v.CachedInput, &v.CacheWrite, &v.CacheWrite1h, &v.AudioInput,
-		&v.CachedAudioInput, &v.ImageInput, &v.CachedImageInput, &v.Output, &v.ReasoningOutput, &v.AudioOutput,
-		&v.ImageOutput, &v.InputMinute, &v.OutputMinute, &v.InputCharacter, &v.InputPicture, &v.OutputPicture,
-		&v.Query, &v.WebSearchCall, &v.WebSearchCallLow, &v.WebSearchCallMedium, &v.WebSearchCallHigh,
-		&v.FileSearchCall, &v.CodeInterpreterSession, &v.ImageGenerationCall, &v.SearchSource,
-		&v.AboveInputTokens, &v.ServiceTier, &v.Multiplier, &v.UnknownAboveInputTokens}
-	for i, target := range targets {
-		name := pricePartNames[max(i-int(numPriceKinds), 0)]
-		if i < int(numPriceKinds) {
-			name = priceKinds[i].name
-		}
-		if text, ok := m[name]; ok {
-			*target = &text
-		}
+func (v priceView) MarshalJSON() ([]byte, error) {
+	object := map[string]any{"id": v.ID, "match": v.Match, "valid_from": v.ValidFrom, "provider": v.Provider,
+		"as_of": v.AsOf, "updated_at": v.UpdatedAt}
+	for _, info := range priceKinds {
+		object[info.name] = v.Members[info.name]
 	}
+	for _, name := range pricePartNames {
+		object[name] = v.Members[name]
+	}
+	return json.Marshal(object)
 }
 
 // newPriceView shows a price of the operator.
@@ -259,19 +224,15 @@ func newPriceView(p *priceRow) priceView {
 	if p.validFrom != 0 {
 		v.ValidFrom = new(timestamp(p.validFrom))
 	}
-	var m priceMembers
-	_ = json.Unmarshal([]byte(p.price), &m) // the program wrote it
-	v.setMembers(m)
+	_ = json.Unmarshal([]byte(p.price), &v.Members) // the program wrote it
 	return v
 }
 
 // newEffectivePriceView shows the price that holds for a model.
 func newEffectivePriceView(model string, p *price) priceView {
-	v := priceView{Match: model, Provider: p.from.Provider, AsOf: p.from.Date}
 	var b billedPrice
 	_ = json.Unmarshal([]byte(p.text), &b) // the program wrote it
-	v.setMembers(b.Price)
-	return v
+	return priceView{Match: model, Provider: p.from.Provider, AsOf: p.from.Date, Members: b.Price}
 }
 
 // effectivePrice returns the price that holds for a model now, nil if there is none.
@@ -465,14 +426,9 @@ func (t *priceTable) search(text, provider string) []*price {
 			found[p] = true
 		}
 	}
-	out := make([]*price, 0, len(found))
-	for p := range found {
-		out = append(out, p)
-	}
-	slices.SortFunc(out, func(a, b *price) int {
+	return slices.SortedFunc(maps.Keys(found), func(a, b *price) int {
 		return cmp.Or(cmp.Compare(a.from.Provider, b.from.Provider), cmp.Compare(a.from.Name, b.from.Name))
 	})
-	return out
 }
 
 // listedProviders returns the providers of the built-in list, in order.

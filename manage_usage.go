@@ -34,7 +34,7 @@ type streamView struct {
 	Bytes        int64     `json:"bytes"`         // of the response so far
 	InputTokens  int64     `json:"input_tokens"`  // an estimate
 	OutputTokens int64     `json:"output_tokens"` // so far, an estimate; of a streamed response only
-	attributionReply
+	attributionJSON
 	seq int64
 }
 
@@ -66,8 +66,8 @@ func (rc *runningCalls) admittedCalls(now time.Time) []streamView {
 			InputTokens:  info.inputTokens,
 			OutputTokens: c.progress.outputTokens.Load(),
 
-			attributionReply: newAttributionReply(info.attribution),
-			seq:              c.id,
+			attributionJSON: newAttributionJSON(info.attribution),
+			seq:             c.id,
 		})
 	}
 	slices.SortFunc(out, func(a, b streamView) int { return cmp.Compare(a.seq, b.seq) })
@@ -151,21 +151,7 @@ type requestReply struct {
 	RoutedBy         string        `json:"routed_by"`        // session, prompt, failover or ""
 	ClientRetry      int64         `json:"client_retry"`     // as the client counts; 0: its first attempt, or unsaid
 	IdempotencyHash  string        `json:"idempotency_hash"` // "" if there is no Idempotency-Key
-	attributionReply
-}
-
-// An attributionReply says for whom and for what a call was made.
-type attributionReply struct {
-	Session string  `json:"session"`
-	EndUser string  `json:"end_user"`
-	Tags    tagList `json:"tags"`
-}
-
-func newAttributionReply(a *attribution) (v attributionReply) {
-	if a != nil {
-		v = attributionReply{a.session, a.endUser, a.tags}
-	}
-	return v
+	attributionJSON
 }
 
 // A requestDetail is a call with what its cost is made of.
@@ -208,7 +194,7 @@ func newRequestReply(v *requestView) requestReply {
 		RoutedBy:         v.routedByText(),
 		ClientRetry:      v.clientRetry,
 		IdempotencyHash:  v.idempotencyText(),
-		attributionReply: newAttributionReply(v.attribution),
+		attributionJSON:  newAttributionJSON(v.attribution),
 	}
 	out.UsageDetails.audioInput, out.UsageDetails.audioOutput = v.counts.audioInput, v.counts.audioOutput
 	if v.attemptLog != "" {
