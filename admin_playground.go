@@ -232,7 +232,6 @@ func (ui *adminUI) runPlayground(r *pageRequest, v *playgroundView) (stream *pag
 	if err != nil {
 		return nil, err
 	}
-	_ = r.connection.SetReadDeadline(time.Time{}) // net/http would end the request at the deadline
 	if isStream {
 		return &pageResponse{write: call.stream}, nil
 	}

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"io"
 	"log"
 	"log/slog"
 	"net/http"
@@ -103,13 +104,40 @@ func (s *server) serveLogged(w http.ResponseWriter, r *http.Request, next http.H
 	h.Set("Cache-Control", "no-store")
 	controller := http.NewResponseController(w)
 	_ = controller.SetWriteDeadline(start.Add(writeTimeout))
-	_ = controller.SetReadDeadline(start.Add(smallBodyTimeout))
+	r = limitBodyTime(r, controller, start.Add(smallBodyTimeout))
 	sw := &statusWriter{ResponseWriter: w}
 	defer func() {
 		s.metrics.countRequest(r.Pattern, sw.status)
 		s.logRequest(r, sw.status, id, start)
 	}()
 	next.ServeHTTP(sw, r)
+}
+
+// limitBodyTime sets the deadline by which a request's body must have been read. It returns the request to go on with:
+// the deadline ends with the body. Otherwise it would end the request later, because net/http goes on reading, to
+// notice when the client leaves.
+func limitBodyTime(r *http.Request, c *http.ResponseController, deadline time.Time) *http.Request {
+	if r.ContentLength == 0 {
+		return r
+	}
+	_ = c.SetReadDeadline(deadline)
+	timed := *r // net/http looks at the body of its own request
+	timed.Body = &timedBody{r.Body, c}
+	return &timed
+}
+
+// A timedBody is a request's body with a deadline.
+type timedBody struct {
+	io.ReadCloser
+	controller *http.ResponseController
+}
+
+func (b *timedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err == io.EOF {
+		_ = b.controller.SetReadDeadline(time.Time{})
+	}
+	return n, err
 }
 
 // canonicalOnly refuses paths that ServeMux would clean, or read in another way than they are written.

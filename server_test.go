@@ -9,6 +9,7 @@ import (
 	"encoding/binary"
 	"io"
 	"net"
+	"net/http"
 	"net/http/httptest"
 	"slices"
 	"strings"
@@ -141,6 +142,57 @@ func TestHTTP2Floods(t *testing.T) {
 	}
 	if n := most.Load(); n > 300 {
 		t.Errorf("%d calls of one connection ran at a time", n)
+	}
+}
+
+// A hastyWriter shortens deadlines for reading.
+type hastyWriter struct{ http.ResponseWriter }
+
+func (w hastyWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (w hastyWriter) SetReadDeadline(at time.Time) error {
+	if !at.IsZero() {
+		at = time.Now().Add(100 * time.Millisecond)
+	}
+	return http.NewResponseController(w.ResponseWriter).SetReadDeadline(at)
+}
+
+// TestLongRequests: what limits the time for a request's body ends no report or download that takes longer.
+func TestLongRequests(t *testing.T) {
+	t.Parallel()
+	p := newTest(t, nil)
+	slow := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, err := io.ReadAll(r.Body); err != nil {
+			w.WriteHeader(http.StatusRequestTimeout)
+			return
+		}
+		select {
+		case <-r.Context().Done():
+			w.WriteHeader(http.StatusInternalServerError)
+		case <-time.After(300 * time.Millisecond):
+		}
+	})
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		p.instance.server.serveLogged(hastyWriter{w}, r, slow)
+	}))
+	t.Cleanup(srv.Close)
+	for request, want := range map[string]string{
+		"GET / HTTP/1.1\r\nHost: x\r\n\r\n":                                                   "HTTP/1.1 200 ",
+		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}":                           "HTTP/1.1 200 ",
+		"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n\r\n": "HTTP/1.1 200 ",
+		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{":                            "HTTP/1.1 408 ",
+	} {
+		conn, err := net.Dial("tcp", srv.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetDeadline(time.Now().Add(hangTimeout))
+		_, _ = io.WriteString(conn, request)
+		head := make([]byte, len(want))
+		if _, err := io.ReadFull(conn, head); err != nil || string(head) != want {
+			t.Errorf("%q: got %q, %v", request, head, err)
+		}
+		conn.Close()
 	}
 }
 
