@@ -1377,7 +1377,14 @@ func TestBodyOfGetAndDelete(t *testing.T) {
 			got := p.sendRaw(head + c.rest + "GET " + ownTokenPath + " HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" +
 				"Authorization: Bearer " + p.token + "\r\n\r\n")
 			first, second := strings.Index(got, "HTTP/1.1 "+status+" "), strings.LastIndex(got, "HTTP/1.1 200 OK\r\n")
-			if first != 0 || second <= 0 || strings.Count(got, "HTTP/1.1 ") != 2 {
+			answers := strings.Count(got, "HTTP/1.1 ")
+			if strings.HasPrefix(c.rest, "Transfer-Encoding") { // the last request of its connection, see TestBothFramings
+				if first != 0 || answers != 1 || !strings.Contains(got, "\r\nConnection: close\r\n") {
+					t.Errorf("%s with %.60q: want %s and the end, got %.800q", target, c.rest, status, got)
+				}
+				continue
+			}
+			if first != 0 || second <= 0 || answers != 2 {
 				t.Errorf("%s with %.60q: want %s and then 200, got %.800q", target, c.rest, status, got)
 			}
 		}
