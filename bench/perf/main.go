@@ -109,6 +109,7 @@ func compareCache(ctx context.Context, o options, forwarded, cached target) erro
 	workloads := []workload{
 		{name: "hit", body: chatBody(`"stream":false`), conns: o.conns},
 		{name: "miss, stored", body: chatBody(unique), conns: o.conns},
+		{name: "long miss, stored", body: promptBody(unique+`,"metadata":{"answer":"long"}`, 340), conns: o.conns},
 		{name: "miss, not stored", body: chatBody(unique + `,"metadata":{"answer":"no-store"}`), conns: o.conns},
 		{name: "bypass", body: chatBody(unique + `,"store":true`), conns: o.conns},
 	}
@@ -234,8 +235,11 @@ func medianRatio(a, b []float64) float64 {
 }
 
 // chatBody is a call of about 1 KB.
-func chatBody(members string) string {
-	return `{"model":"gpt-4o-mini",` + members + `,"messages":[{"role":"user","content":"` + strings.Repeat("lorem ipsum ", 80) + `"}]}`
+func chatBody(members string) string { return promptBody(members, 80) }
+
+// promptBody is a call whose prompt repeats its words n times.
+func promptBody(members string, n int) string {
+	return `{"model":"gpt-4o-mini",` + members + `,"messages":[{"role":"user","content":"` + strings.Repeat("lorem ipsum ", n) + `"}]}`
 }
 
 // request is a whole HTTP/1.1 request to t.

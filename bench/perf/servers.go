@@ -30,7 +30,9 @@ const (
 
 // The provider's answers, each a list of writes, so that the provider uses little of the CPU time of the processes that
 // are measured.
-type answers struct{ unary, unaryNoStore, embedding, stream, streamWithUsage, idle, slow, slowWithUsage, refusal [][]byte }
+type answers struct {
+	unary, unaryNoStore, long, embedding, stream, streamWithUsage, idle, slow, slowWithUsage, refusal [][]byte
+}
 
 func newAnswers() answers {
 	const event = `data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1764000000,"model":"gpt-4o-mini",`
@@ -43,6 +45,7 @@ func newAnswers() answers {
 	body := `{"id":"chatcmpl-bench","object":"chat.completion","created":1764000000,"model":"gpt-4o-mini","choices":[{"index":0,"message":` +
 		`{"role":"assistant","content":"` + strings.Repeat("The band plays on. ", 35) + `"},"finish_reason":"stop"}],` +
 		`"usage":{"prompt_tokens":200,"completion_tokens":150,"total_tokens":350}}`
+	long := strings.Replace(body, "The band", strings.Repeat("The band plays on. ", 375)+"The band", 1) // 8 KB
 	embedding := `{"object":"list","data":[{"object":"embedding","index":0,"embedding":[-0.0123456789` +
 		strings.Repeat(",0.0234567891", 1900) + `]}],"model":"text-embedding-3-small","usage":{"prompt_tokens":200,"total_tokens":200}}`
 	chunk := func(text string) []byte { return fmt.Appendf(nil, "%x\r\n%s\r\n", len(text), text) }
@@ -56,6 +59,7 @@ func newAnswers() answers {
 		unary: [][]byte{fmt.Appendf(nil, "%sContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", head, len(body), body)},
 		unaryNoStore: [][]byte{fmt.Appendf(nil, "%sContent-Type: application/json\r\nCache-Control: no-store\r\n"+
 			"Content-Length: %d\r\n\r\n%s", head, len(body), body)},
+		long: [][]byte{fmt.Appendf(nil, "%sContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", head, len(long), long)},
 		embedding: [][]byte{fmt.Appendf(nil, "%sContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", head,
 			len(embedding), embedding)},
 		stream:          append(slices.Clip(events), end),
@@ -120,6 +124,8 @@ func (a *answers) to(m message) [][]byte {
 		return a.stream
 	case has(`"answer":"no-store"`):
 		return a.unaryNoStore
+	case has(`"answer":"long"`):
+		return a.long
 	}
 	return a.unary
 }
