@@ -861,7 +861,7 @@ func TestBackupUnderLoad(t *testing.T) {
 		t.Errorf("the copy is not consistent: %d calls, %d counted; %d settled, %d summed", calls, counted, settled,
 			summed)
 	}
-	for _, want := range []string{file, "1 project", "1 token", fmt.Sprintf("%d calls", calls),
+	for _, want := range []string{file, "1 project", "1 token", pluralize(calls, "call", "calls"),
 		p.instance.sealer.id()} {
 		if !strings.Contains(out, want) {
 			t.Errorf("%q is not in %q", want, out)

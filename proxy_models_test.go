@@ -286,7 +286,11 @@ func TestClaudeModelsOfHealthyUpstreams(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "1s"})
+			timeout := "60s"
+			if c.alone == 504 {
+				timeout = "1s"
+			}
+			p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": timeout})
 			first := c.name != "503" && c.name != "no JSON" // it is asked first, otherwise last
 			bad, badID := p.addClaude(fmt.Sprintf(`"priority":%d`, map[bool]int{true: 0, false: 2}[first]), c.script)
 			_, goodID := p.addClaude(`"priority":1`, claudeListScript(1, "glm-5", "glm-4"))

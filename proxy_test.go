@@ -165,9 +165,19 @@ func TestPromiseRevocationIsImmediate(t *testing.T) {
 			go func() { waiting <- p.chat() }()
 			waitFor(t, "the second call", func() bool { return len(p.provider.received()) == 2 })
 
-			ends := time.Now().Add(200 * time.Millisecond)
-			replace := strings.NewReplacer("TOKEN", p.tokenID, "PROJECT", p.project, "SOON", ends.UTC().Format(time.RFC3339Nano))
-			p.manage(test.method, replace.Replace(test.path), replace.Replace(test.body), 200, nil)
+			var ends time.Time
+			for soon := 200 * time.Millisecond; ; soon *= 2 {
+				ends = time.Now().Add(soon)
+				replace := strings.NewReplacer("TOKEN", p.tokenID, "PROJECT", p.project,
+					"SOON", ends.UTC().Format(time.RFC3339Nano))
+				res := p.manageAs(p.adminKey, test.method, replace.Replace(test.path), replace.Replace(test.body))
+				if res.status == 200 {
+					break
+				}
+				if name != "expired" || time.Now().Before(ends) { // a busy machine lets SOON pass
+					t.Fatalf("got %d %s", res.status, res.body)
+				}
+			}
 			elapsed := stopwatch(t)
 			if name == "expired" {
 				waitFor(t, "the expiry", func() bool { return time.Now().After(ends) })

@@ -278,9 +278,7 @@ func TestCommitTimeout(t *testing.T) {
 			t.Parallel()
 			p := newTest(t, map[string]string{"LOG_LEVEL": "error"})
 			p.allowErrors = true
-			p.instance.running.mu.Lock()
-			p.instance.running.limits.commitTimeout = 200 * time.Millisecond
-			p.instance.running.mu.Unlock()
+			commitTimeout := p.instance.running.limits.commitTimeout
 			awaitClearOfHour(20 * time.Second)
 			id, token := p.newToken(`"name":"l","max_requests":12,
 				"policy":{"limits":[{"count":"requests","max":12,"per":"day"}]}`)
@@ -290,9 +288,11 @@ func TestCommitTimeout(t *testing.T) {
 			p.waitSettled()
 			p.setPragma(fmt.Sprintf(`PRAGMA busy_timeout = %d`, busy))
 			release := p.lockDatabase()
+			p.setCallLimits(func(l *callLimits) { l.commitTimeout = 200 * time.Millisecond })
 			if statuses := p.burst(token, 8); statuses[503] != 8 {
 				t.Errorf("while the database was locked clients got %v", statuses)
 			}
+			p.setCallLimits(func(l *callLimits) { l.commitTimeout = commitTimeout })
 			release()
 			waitFor(t, "the ledger", p.instance.ledger.healthy)
 			p.waitSettled()
