@@ -568,7 +568,7 @@ func TestClusterClocks(t *testing.T) {
 	a := newReplicas(t, 1, nil)[0]
 	var set atomic.Int64 // nanoseconds by which somebody sets the clock
 	b := a.newReplica(nil, func() time.Time { return time.Now().Add(2*time.Minute + time.Duration(set.Load())) })
-	of := func(p *testProxy) int64 { return p.instance.store.limitNow() }
+	of := func(p *testProxy) int64 { return p.instance.store.backend.limitNow() }
 	if d := of(a) - of(b); max(d, -d) > 100 {
 		t.Errorf("the clocks of limits are %d ms apart", d)
 	}

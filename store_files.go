@@ -78,7 +78,7 @@ type backend struct {
 	replica     int64       // the id of this process among those that use the database; 0: it is open for reading
 	isLeader    func() bool // it does what only one replica does
 	rank        func() replicaRank
-	limitNow    func() int64
+	limitNow    func() int64 // by which limits count: the database's time, so that all replicas agree
 	clockOffset func() int64
 	leases      leaseBackend
 	status      func() replicaInfo // without its calls and leases
@@ -151,15 +151,6 @@ func (s *store) clockOffset() int64 {
 
 // isLeader reports whether this process does what only one of several replicas does.
 func (s *store) isLeader() bool { return s.backend == nil || s.backend.isLeader() }
-
-// limitNow returns the time by which limits count, in unix milliseconds. On PostgreSQL it is the database's, so that
-// all replicas agree on it although their clocks differ.
-func (s *store) limitNow() int64 {
-	if s.backend != nil {
-		return s.backend.limitNow()
-	}
-	return time.Now().UnixMilli()
-}
 
 func isPostgresURL(text string) bool {
 	return strings.HasPrefix(text, "postgres:") || strings.HasPrefix(text, "postgresql:")

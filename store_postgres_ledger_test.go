@@ -211,8 +211,7 @@ func TestPostgresEraseDuringMerge(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer merging.Rollback()
-	if _, err := merging.ExecContext(ctx, `WITH old AS (DELETE FROM attribution_sums WHERE slot = 7 RETURNING *) `+
-		mergedAttributed+mergeSums); err != nil {
+	if _, err := merging.ExecContext(ctx, mergedAttributed+mergeSums, hourMS, 10); err != nil {
 		t.Fatal(err)
 	}
 	erased := make(chan error, 1)
