@@ -31,9 +31,12 @@ type field[I, R any] struct {
 	required                       bool
 	empty                          emptyField
 
-	target func(*I) any       // the pointer to its optional
-	apply  func(*I, *R) error // checks the value and stores it in the row; nil: the input's apply does both
+	target func(*I) inputField // its optional
+	apply  func(*I, *R) error  // checks the value and stores it in the row; nil: the input's apply does both
 }
+
+// An inputField is an optional of any type.
+type inputField interface{ unreadable() error }
 
 // An emptyField is the meaning of an empty form field.
 type emptyField int
@@ -85,7 +88,7 @@ func storedOrNull[I, R any](
 func converted[I, R, T, C any](
 	f field[I, R], rule func(string, T) error, at func(*I, *R) (*optional[T], *C), convert func(T) C,
 ) field[I, R] {
-	f.target = func(in *I) any { from, _ := at(in, new(R)); return from }
+	f.target = func(in *I) inputField { from, _ := at(in, new(R)); return from }
 	f.apply = func(in *I, row *R) error {
 		from, column := at(in, row)
 		switch {
@@ -133,7 +136,7 @@ func decodeFields[I, R any](body []byte, in *I, fields []field[I, R], isNew bool
 func applyFields[I, R any](in *I, row *R, fields []field[I, R]) error {
 	var mistakes []error
 	for _, f := range fields {
-		if err := f.target(in).(interface{ unreadable() error }).unreadable(); err != nil {
+		if err := f.target(in).unreadable(); err != nil {
 			mistakes = append(mistakes, err)
 		} else if f.apply != nil {
 			mistakes = append(mistakes, f.apply(in, row))
@@ -220,14 +223,14 @@ func tokenFields() []field[tokenInput, tokenRow] {
 	type f = field[tokenInput, tokenRow]
 	return []f{
 		{name: "project_id", createOnly: true, label: "Project", kind: "select", required: true,
-			target: func(in *tokenInput) any { return &in.projectID }},
+			target: func(in *tokenInput) inputField { return &in.projectID }},
 		stored(f{name: "name", label: "Name", required: true, help: "token-name"}, anyName,
 			func(in *tokenInput, t *tokenRow) (*optional[string], *string) { return &in.name, &t.name }),
-		{name: "duration_minutes", target: func(in *tokenInput) any { return &in.minutes }},
-		{name: "duration_hours", target: func(in *tokenInput) any { return &in.hours }},
-		{name: "expires_in_days", target: func(in *tokenInput) any { return &in.days }},
+		{name: "duration_minutes", target: func(in *tokenInput) inputField { return &in.minutes }},
+		{name: "duration_hours", target: func(in *tokenInput) inputField { return &in.hours }},
+		{name: "expires_in_days", target: func(in *tokenInput) inputField { return &in.days }},
 		{name: "expires_at", nullable: true, label: "Expires (UTC)", kind: "datetime-local", empty: emptyNull,
-			help: "expiry", target: func(in *tokenInput) any { return &in.expiresAt }},
+			help: "expiry", target: func(in *tokenInput) inputField { return &in.expiresAt }},
 		storedOrNull(f{name: "max_requests", label: "Maximum calls", kind: "number", empty: emptyNull,
 			help: "max-requests"}, 1, within(0, math.MaxInt64/2, "must be 0 (none) or more, or null (unlimited)"),
 			func(in *tokenInput, t *tokenRow) (*optional[int64], **int64) { return &in.maxRequests, &t.maxRequests }),
@@ -235,7 +238,7 @@ func tokenFields() []field[tokenInput, tokenRow] {
 			empty: emptyNull, help: "idle-expiry"}, time.Minute.Milliseconds(),
 			within(1, int64(maxLifetime/time.Minute), "must be at least 1 and at most 100 years, or null"),
 			func(in *tokenInput, t *tokenRow) (*optional[int64], **int64) { return &in.idleMinutes, &t.idleExpiry }),
-		{name: "policy", nullable: true, target: func(in *tokenInput) any { return &in.policy },
+		{name: "policy", nullable: true, target: func(in *tokenInput) inputField { return &in.policy },
 			apply: func(in *tokenInput, t *tokenRow) error { return applyPolicy(in.policy, false, &t.policy) }},
 	}
 }
@@ -317,7 +320,7 @@ func keyFields() []field[keyInput, managementKeyRow] {
 			oneOf(string(roleViewer), string(roleOperator), string(roleAdmin)),
 			func(in *keyInput, k *managementKeyRow) (*optional[string], *string) { return &in.role, &k.role }),
 		{name: "expires_at", nullable: true, label: "Expires (UTC)", kind: "datetime-local", empty: emptyNull,
-			help: "expiry", target: func(in *keyInput) any { return &in.expiresAt }},
+			help: "expiry", target: func(in *keyInput) inputField { return &in.expiresAt }},
 	}
 }
 
@@ -346,20 +349,20 @@ func projectFields() []field[projectInput, projectRow] {
 		stored(f{name: "name", label: "Name", required: true, help: "project-name"}, anyName,
 			func(in *projectInput, p *projectRow) (*optional[string], *string) { return &in.name, &p.name }),
 		{name: "provider", createOnly: true, label: "Provider", kind: "select", required: true,
-			target: func(in *projectInput) any { return &in.provider }},
+			target: func(in *projectInput) inputField { return &in.provider }},
 		{name: "api_key", createOnly: true, label: "API key", kind: "password", empty: emptyOmitted,
-			help: "first-api-key", target: func(in *projectInput) any { return &in.key }},
-		{name: "openai_api_key", createOnly: true, target: func(in *projectInput) any { return &in.openaiKey }},
+			help: "first-api-key", target: func(in *projectInput) inputField { return &in.key }},
+		{name: "openai_api_key", createOnly: true, target: func(in *projectInput) inputField { return &in.openaiKey }},
 		{name: "base_url", createOnly: true, label: "Base URL", placeholder: "https://", empty: emptyOmitted,
-			help: "base-url", target: func(in *projectInput) any { return &in.baseURL }},
+			help: "base-url", target: func(in *projectInput) inputField { return &in.baseURL }},
 		stored(f{name: "is_active"}, anyValue,
 			func(in *projectInput, p *projectRow) (*optional[bool], *bool) { return &in.active, &p.active }),
-		{name: "policy", resettable: true, target: func(in *projectInput) any { return &in.policy },
+		{name: "policy", resettable: true, target: func(in *projectInput) inputField { return &in.policy },
 			apply: func(in *projectInput, p *projectRow) error { return applyPolicy(in.policy, true, &p.policy) }},
-		{name: "routing", resettable: true, target: func(in *projectInput) any { return &in.routing },
+		{name: "routing", resettable: true, target: func(in *projectInput) inputField { return &in.routing },
 			apply: (*projectInput).applyRouting},
 		{name: "cost_multiplier", nullable: true, label: "Cost multiplier", kind: "number", empty: emptyNull,
-			help: "cost-multiplier", target: func(in *projectInput) any { return &in.costMultiplier },
+			help: "cost-multiplier", target: func(in *projectInput) inputField { return &in.costMultiplier },
 			apply: func(in *projectInput, p *projectRow) error {
 				return applyMultiplier(in.costMultiplier, &p.costMultiplier)
 			}},
@@ -418,15 +421,15 @@ func upstreamFields() []field[upstreamInput, upstreamEdit] {
 		stored(f{name: "name", label: "Name", required: true, help: "upstream-name"}, anyName,
 			func(in *input, u *edit) (*optional[string], *string) { return &in.name, &u.name }),
 		{name: "provider", label: "Provider", kind: "select", required: true,
-			target: func(in *input) any { return &in.provider }},
+			target: func(in *input) inputField { return &in.provider }},
 		{name: "api_key", label: "API key", kind: "password", empty: emptyOmitted, help: "api-key",
-			target: func(in *input) any { return &in.key }},
+			target: func(in *input) inputField { return &in.key }},
 		{name: "base_url", label: "Base URL", placeholder: "https://", empty: emptyOmitted, help: "base-url",
-			target: func(in *input) any { return &in.baseURL }},
+			target: func(in *input) inputField { return &in.baseURL }},
 		stored(f{name: "is_active", label: "Active", kind: "checkbox", help: "is-active"}, anyValue,
 			func(in *input, u *edit) (*optional[bool], *bool) { return &in.active, &u.active }),
 		{name: "models", label: "Models", kind: "lines", placeholder: "gpt-4o*", help: "upstream-models",
-			target: func(in *input) any { return &in.models }, apply: (*input).applyModels},
+			target: func(in *input) inputField { return &in.models }, apply: (*input).applyModels},
 		stored(f{name: "priority", label: "Priority", kind: "number", required: true, empty: emptyOmitted,
 			help: "priority"}, inRange(0, 1000),
 			func(in *input, u *edit) (*optional[int64], *int64) { return &in.priority, &u.priority }),
@@ -434,13 +437,14 @@ func upstreamFields() []field[upstreamInput, upstreamEdit] {
 			help: "weight"}, inRange(0, 1000),
 			func(in *input, u *edit) (*optional[int64], *int64) { return &in.weight, &u.weight }),
 		{name: "rewrite", label: "Model name mapping", kind: "pairs", placeholder: "gpt-4o = my-deployment",
-			help: "rewrite", target: func(in *input) any { return &in.rewrite }, apply: (*input).applyRewrite},
+			help: "rewrite", target: func(in *input) inputField { return &in.rewrite }, apply: (*input).applyRewrite},
 	}, upstreamNumberFields(), []f{
 		{name: "cost_multiplier", nullable: true, label: "Cost multiplier", kind: "number", empty: emptyNull,
-			help: "cost-multiplier", target: func(in *input) any { return &in.costMultiplier },
+			help: "cost-multiplier", target: func(in *input) inputField { return &in.costMultiplier },
 			apply: func(in *input, u *edit) error { return applyMultiplier(in.costMultiplier, &u.CostMultiplier) }},
 		{name: "shared_with", label: "Shared with projects", kind: "lines", placeholder: "proj_…",
-			help: "shared-with", target: func(in *input) any { return &in.sharedWith }, apply: (*input).applySharing},
+			help: "shared-with", target: func(in *input) inputField { return &in.sharedWith },
+			apply: (*input).applySharing},
 		stored(f{name: "note", label: "Note", help: "note"}, validateShortText,
 			func(in *input, u *edit) (*optional[string], *string) { return &in.note, &u.Note }),
 		stored(f{name: "organization", label: "OpenAI organization", placeholder: "org-…", help: "organization"},

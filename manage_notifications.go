@@ -64,7 +64,7 @@ func webhookFields() []field[webhookInput, webhookEdit] {
 			help: "webhook-url"}, anyValue,
 			func(in *webhookInput, w *webhookEdit) (*optional[secret], *secret) { return &in.url, &w.url }),
 		{name: "events", label: "Events", kind: "lines", placeholder: eventLimit,
-			target: func(in *webhookInput) any { return &in.events }, apply: (*webhookInput).applyEvents},
+			target: func(in *webhookInput) inputField { return &in.events }, apply: (*webhookInput).applyEvents},
 		stored(f{name: "error_percent", label: "Error share (percent)", kind: "number", empty: emptyOmitted,
 			help: "webhook-errors"}, inRange(1, 100),
 			func(in *webhookInput, w *webhookEdit) (*optional[int64], *int64) {

@@ -45,15 +45,16 @@ func priceFields() []field[priceInput, priceRow] {
 	type f = field[priceInput, priceRow]
 	fields := []f{
 		{name: "match", label: "Model", required: true, placeholder: "gpt-4o-mini or my-model-*",
-			help: "match", target: func(in *priceInput) any { return &in.match }, apply: (*priceInput).applyMatch},
+			help: "match", target: func(in *priceInput) inputField { return &in.match },
+			apply: (*priceInput).applyMatch},
 		{name: "valid_from", label: "Valid from (UTC)", nullable: true, kind: "datetime-local", help: "valid-from",
-			empty: emptyOmitted, target: func(in *priceInput) any { return &in.validFrom },
+			empty: emptyOmitted, target: func(in *priceInput) inputField { return &in.validFrom },
 			apply: (*priceInput).applyValidFrom},
 	}
 	for k, info := range priceKinds {
 		fields = append(fields, f{
 			name: info.name, nullable: true, label: capitalizeKind(info.label), kind: "number", empty: emptyOmitted,
-			help: priceKindHelp(priceKind(k)), target: func(in *priceInput) any { return &in.amounts[k] },
+			help: priceKindHelp(priceKind(k)), target: func(in *priceInput) inputField { return &in.amounts[k] },
 			apply: func(in *priceInput, p *priceRow) error {
 				return checkAmount(in.amounts[k], info)
 			},
@@ -68,7 +69,7 @@ func priceFields() []field[priceInput, priceRow] {
 		fields = append(fields, f{
 			name: name, nullable: true, empty: emptyOmitted, kind: kind, label: pricePartLabels[i],
 			placeholder: example,
-			target:      func(in *priceInput) any { return &in.parts[i] },
+			target:      func(in *priceInput) inputField { return &in.parts[i] },
 			apply: func(in *priceInput, p *priceRow) error {
 				if !in.parts[i].hasValue() {
 					return nil
