@@ -247,7 +247,7 @@ func TestFailover(t *testing.T) {
 	for _, f := range faults {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
-			p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "1s", "STREAM_IDLE_TIMEOUT": "2s"})
+			p := newTest(t, map[string]string{"FIRST_EVENT_TIMEOUT": "3s", "STREAM_IDLE_TIMEOUT": "3s"})
 			fallback, id := p.addUpstream(`"priority":1`)
 			fallback.setScript(func(c *providerConn, r recordedRequest) bool {
 				if f.fallback != "" && strings.Contains(r.body, f.fallback) {

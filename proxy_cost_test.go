@@ -57,7 +57,7 @@ func TestCallAllocations(t *testing.T) {
 			*base = got
 		}
 		budget := [2]float64{(base[0] + k.allocs) * tolerance, (base[1] + k.bytes) * tolerance}
-		for i := 0; i < 3 && (got[0] > budget[0] || got[1] > budget[1]); i++ { // on a busy machine, commits are small
+		for i := 0; i < 10 && (got[0] > budget[0] || got[1] > budget[1]); i++ { // on a busy machine, commits are small
 			again := measureCost(p, clients, calls)
 			got = [2]float64{min(got[0], again[0]), min(got[1], again[1])}
 		}
