@@ -88,8 +88,16 @@ describePages('the playground', new Proxy(), (proxy, visit) => {
     const limited = await proxy.manage('POST', '/manage/projects', { name: 'limited', openai_api_key: proxy.provider.openaiKey, policy: { models: ['gpt-4o*'] } });
     const visitor = await open();
     const { page } = visitor;
+    let goOn;
+    const typed = new Promise((resolve) => { goOn = resolve; });
+    await page.route(/playground\?project_id=/, async (route) => { await typed; await route.continue(); }, { times: 1 });
+    const loaded = page.waitForResponse(/playground\?project_id=/);
     await page.getByLabel('Project').selectOption('limited');
-    await page.getByLabel('Model', { exact: true }).fill('o3');
+    await page.getByLabel('Model', { exact: true }).fill('o3'); // before the page knows the project's models
+    goOn();
+    await (await loaded).finished();
+    await page.locator(`#new-conversation[href*="${limited.id}"], #new-conversation [href*="${limited.id}"]`).waitFor();
+    assert.equal(await page.getByLabel('Model', { exact: true }).inputValue(), 'o3');
     await send(page, 'Hello');
     await page.getByRole('alert').getByText('403 Forbidden. This token may not use this model').waitFor();
     await page.getByRole('link', { name: 'See the call' }).click();

@@ -191,11 +191,12 @@ form.querySelector("button[value=models]").addEventListener("click", (event) => 
   listModels();
 });
 
-// Another project has other models.
+// Another project has other models. A model that was typed meanwhile stays.
 form.elements.project_id.addEventListener("change", async () => {
-  const page = await fetchPage(`/admin/playground?${new URLSearchParams({ project_id: form.elements.project_id.value })}`).catch(() => null);
-  if (!page?.getElementById("models")) return;
-  model.value = page.getElementById("f-model").value;
+  const project = form.elements.project_id.value, before = model.value;
+  const page = await fetchPage(`/admin/playground?${new URLSearchParams({ project_id: project })}`).catch(() => null);
+  if (!page?.getElementById("models") || form.elements.project_id.value !== project) return;
+  if (model.value === before) model.value = page.getElementById("f-model").value;
   document.getElementById("no-upstream")?.remove();
   const caution = page.getElementById("no-upstream");
   if (caution) form.before(document.adoptNode(caution));
