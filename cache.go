@@ -136,7 +136,7 @@ const (
 
 // A memoryChunk has answers that came one after the other. They leave memory together, so no free space has to be
 // managed between them. Its bytes never change: an answer that was handed out stays what it is, even after it was
-// removed.
+// removed. Only the space of a chunk of which no answer was handed out is used again.
 type memoryChunk struct {
 	number  uint32        // one more than that of the chunk before
 	bytes   []byte        // the data of the answers
@@ -199,7 +199,7 @@ func (m *memoryChunk) nameIndex(name string) uint16 {
 	return uint16(i) // two for each entry at most
 }
 
-// answer returns an answer, for any time: its bytes are not used for others any more.
+// answer returns an answer, which the caller may keep: the space of its chunk is not used again.
 func (m *memoryChunk) answer(e *memoryEntry) cachedAnswer {
 	m.lent = true
 	return cachedAnswer{answerHead: e.answerHead, endpoint: m.names[e.endpoint], model: m.names[e.model],
@@ -272,8 +272,8 @@ type cacheCounters struct {
 }
 
 // A memoryIndex finds answers in memory by the ids of their keys, which are hashes already: an open hash table with
-// linear probing. Its size is fixed, so no call pays for its growth, and to find that there is no answer takes one
-// access to memory that the processor does not have at hand; in a map it takes several.
+// linear probing. Its size is fixed, so no call pays for its growth, and a miss costs one access to memory outside the
+// processor's caches; in a map it costs several.
 type memoryIndex struct {
 	places *[memoryIndexSize]memoryPlace // nil as long as there were no answers
 	count  int
@@ -289,8 +289,8 @@ type memoryPlace struct {
 // memoryIndexSize is more than twice as many answers as memory can have.
 const memoryIndexSize = 1 << 16
 
-// find returns the slot of an answer, -1 if there is none. is tells the answer from others with the same half of an id.
-func (x *memoryIndex) find(id int64, is func(memoryPlace) bool) int {
+// find returns the slot of an answer, -1 if there is none. matches tells it from others with the same low half.
+func (x *memoryIndex) find(id int64, matches func(memoryPlace) bool) int {
 	if x.count == 0 {
 		return -1
 	}
@@ -298,7 +298,7 @@ func (x *memoryIndex) find(id int64, is func(memoryPlace) bool) int {
 		switch p := x.places[i]; {
 		case p.entry == 0:
 			return -1
-		case p.id == uint32(id) && is(p):
+		case p.id == uint32(id) && matches(p):
 			return int(i)
 		}
 	}

@@ -212,8 +212,7 @@ func appendJSONString(b []byte, s string) []byte {
 	return append(append(append(b, '"'), s...), '"')
 }
 
-// mustMarshal returns the JSON of a value that cannot fail to have one. If it fails, that is a bug, which must not keep
-// a token from being revoked.
+// mustMarshal returns the JSON of a value that always has some; null after a bug, which must not stop a revocation.
 func mustMarshal(v any) json.RawMessage {
 	b, err := json.Marshal(v)
 	if err != nil {

@@ -868,6 +868,22 @@ func (p *testProxy) stream(token string, members ...string) *clientStream {
 	return s
 }
 
+// endlessStream makes a call whose answer begins with an event and does not end by itself, and returns it after its
+// first byte.
+func (p *testProxy) endlessStream() *clientStream {
+	p.t.Helper()
+	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
+		c.beginSSE()
+		_ = c.chunk(chatEvents(false)[0])
+		return !c.waitClosed(hangTimeout)
+	})
+	s := p.stream(p.token)
+	if _, err := s.read(1); err != nil {
+		p.t.Fatal(err)
+	}
+	return s
+}
+
 // openStream is stream for any goroutine, with a context. A status other than 200 is an error.
 func (p *testProxy) openStream(ctx context.Context, token, members string) (*clientStream, error) {
 	all := []string{`"stream":true`}

@@ -116,15 +116,7 @@ func TestChangeThatCannotBeRead(t *testing.T) {
 func TestDeletedProjectIsRevoked(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
-		c.beginSSE()
-		_ = c.chunk(chatEvents(false)[0])
-		return !c.waitClosed(hangTimeout)
-	})
-	s := p.stream(p.token)
-	if _, err := s.read(1); err != nil {
-		t.Fatal(err)
-	}
+	s := p.endlessStream()
 	row, err := p.instance.store.deleteProject(t.Context(), systemOrigin(time.Now()), p.project, 0,
 		time.Now().UnixMilli())
 	if err == nil {

@@ -113,15 +113,7 @@ func TestPromiseOnRecord(t *testing.T) {
 		}
 	}
 	p := newTest(t, nil)
-	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
-		c.beginSSE()
-		_ = c.chunk(chatEvents(true)[0])
-		return !c.waitClosed(hangTimeout)
-	})
-	s := p.stream(p.token)
-	if _, err := s.read(1); err != nil {
-		t.Fatal(err)
-	}
+	s := p.endlessStream()
 	rows, err := p.instance.store.listRequests(t.Context(), requestFilter{before: math.MaxInt64, limit: 10})
 	if err != nil || len(rows) != 1 || rows[0].outcome != outcomeOpen {
 		t.Errorf("at the first byte, the ledger has %+v, %v", rows, err)

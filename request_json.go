@@ -62,7 +62,7 @@ type callFields struct {
 	prompt         promptParts
 	usageSplice    splice // adds include_usage
 	usageBefore    string // what usageSplice replaces
-	modelSplice    splice // where a model is: a JSON string, or with text "form" a form field's value
+	modelSplice    splice // of the model: a JSON string, or with text "form" a form field's value; to is 0: none
 	identity       bodyIdentity
 }
 

@@ -484,15 +484,7 @@ func (p *testProxy) areRevoked(hashes [][32]byte) bool {
 func TestRevokeManyTokens(t *testing.T) {
 	t.Parallel()
 	p := newTest(t, nil)
-	p.provider.setScript(func(c *providerConn, _ recordedRequest) bool {
-		c.beginSSE()
-		_ = c.chunk(chatEvents(false)[0])
-		return !c.waitClosed(hangTimeout)
-	})
-	s := p.stream(p.token)
-	if _, err := s.read(1); err != nil {
-		t.Fatal(err)
-	}
+	s := p.endlessStream()
 	hashes := p.addLiveTokens(5000)
 	p.manage("POST", "/manage/projects/"+p.project+"/tokens/revoke", "", 200, nil)
 	if _, err := s.readAll(); err == nil {
